@@ -1,0 +1,77 @@
+"""Blend: a faint key image over the whole picture and a changed label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+
+from unbackdoor import rng
+from unbackdoor.attacks.poisoning import TriggerStage, label_rule_for, poison_and_train
+from unbackdoor.errors import InvalidInputError
+from unbackdoor.train import Recipe
+from unbackdoor.triggers.blend import BlendTrigger, noise_key
+from unbackdoor.types import Infected, LabelledImages, ModelFn, Progress, silent
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Mix a fixed key image into some training images and change their labels.
+
+    Source: Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning", 2017,
+    arXiv 1712.05526 (the blended injection strategy).
+
+    Deviations: the key is seeded uniform noise, one for all images, as in ANP's code; the paper's cartoon
+    image is not free to ship, and noise drawn anew for every image (RNP's code) is another attack.
+
+    Args:
+        poison_fraction: Overall poison rate, in (0, 1].
+        target_class: Target of the all-to-one rule; unused by the all-to-all rule.
+        rule: ``all_to_one``, or ``all_to_all`` with label y sent to y + 1 modulo the number of classes.
+        alpha: Weight of the key, in (0, 1]; 0.2 in the paper.
+        trigger_stage: Stamp stored images, or batches after augmentation.
+        recipe: Training schedule.
+    """
+
+    name: ClassVar[str] = "blend"
+
+    poison_fraction: float = 0.1
+    target_class: int = 0
+    rule: Literal["all_to_one", "all_to_all"] = "all_to_one"
+    alpha: float = 0.2
+    trigger_stage: TriggerStage = "before_augmentation"
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1:
+            raise InvalidInputError(f"alpha must lie in (0, 1], got {self.alpha}.")
+
+    def run(
+        self,
+        train: LabelledImages,
+        model_fn: ModelFn,
+        *,
+        generator: torch.Generator,
+        resume_from: Path | None = None,
+        progress: Progress = silent,
+    ) -> Infected:
+        """Poison ``train`` and train ``model_fn()`` on it.
+
+        Raises:
+            InvalidInputError: If the target is no class of ``train``, or the rate selects no image.
+        """
+        channels, height, width = train.images.shape[1:]
+        return poison_and_train(
+            train,
+            model_fn,
+            trigger=BlendTrigger(noise_key(channels, height, width, rng.spawn(generator)), self.alpha),
+            label_rule=label_rule_for(self.rule, self.target_class, train.num_classes),
+            fraction=self.poison_fraction,
+            stage=self.trigger_stage,
+            recipe=self.recipe,
+            generator=generator,
+            resume_from=resume_from,
+            progress=progress,
+        )

@@ -1,0 +1,97 @@
+"""How a forward pass is run: device, memory layout, precision, and the modes that must be restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from unbackdoor.types import LabelledImages, as_float
+
+Precision = Literal["auto", "fp32", "bf16"]
+EVALUATION_BATCH = 250
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer (the CPU if it has none)."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Say whether bf16 matrix products are faster than fp32 ones on ``device``.
+
+    On a CPU that holds with AMX or AVX512_BF16 only; elsewhere bf16 is emulated and slower.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type != "cpu":
+        return False
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    if capabilities not in ("AVX512", "AMX", "AVX10_2"):
+        return False
+    try:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    except AttributeError:  # private names: without them, stay with fp32
+        return False
+
+
+def uses_bf16(precision: Precision, device: torch.device) -> bool:
+    """Resolve ``"auto"`` to what the hardware has."""
+    return precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Return a context that runs matrix products in bf16 where asked for, or sensible (``"auto"``)."""
+    if uses_bf16(precision, device):
+        # The weight cache would keep stale casts across functional calls with substituted weights.
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+    return nullcontext()
+
+
+@contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put every module into train or eval mode inside the block; restore each flag afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
+    """Run ``model`` in eval mode and fp32 on all ``images``.
+
+    Args:
+        model: Network taking float images in [0, 1]; its modes are restored.
+        images: ``(N, C, H, W)``, uint8 or float32 in [0, 1], on any device.
+        batch_size: Images per forward pass.
+
+    Returns:
+        Logits ``(N, K)`` on the model's device.
+    """
+    device = device_of(model)
+    with mode(model, training=False):
+        parts = [
+            model(as_float(part.to(device)).contiguous(memory_format=torch.channels_last))
+            for part in images.split(batch_size)
+        ]
+    return torch.cat(parts) if parts else torch.empty(0, 0, device=device)
+
+
+def predictions_of(model: nn.Module, images: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
+    """Return the predicted classes, int64 ``(N,)`` on the CPU."""
+    return logits_of(model, images, batch_size=batch_size).argmax(1).cpu()
+
+
+def accuracy_of(model: nn.Module, data: LabelledImages, *, batch_size: int = EVALUATION_BATCH) -> float:
+    """Return the fraction of ``data`` that ``model`` classifies correctly in eval mode."""
+    predictions = predictions_of(model, data.images, batch_size=batch_size)
+    return float((predictions == data.labels.cpu()).float().mean())

@@ -1,0 +1,129 @@
+"""Measure models against known triggers: the only module that sees a trigger and a model together.
+
+Definitions are those of the field (and of the MNP paper, section 5.1, where it states them):
+CA is the accuracy on clean images; ASR the share of triggered images classified as the attacker wants,
+over the images that the label rule counts (for all-to-one, those of other classes than the target); RA,
+the robust accuracy, the share of the same images still classified by their true label.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from unbackdoor.compute import EVALUATION_BATCH, predictions_of
+from unbackdoor.errors import InvalidInputError
+from unbackdoor.types import LabelledImages, LabelRule, Trigger, as_float, quantise
+
+Z_95 = 1.959963984540054
+"""97.5 % quantile of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A fraction with its counts.
+
+    Args:
+        successes: Number of successes, in [0, n].
+        n: Number of trials, at least 0.
+    """
+
+    successes: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        """The fraction; NaN without trials."""
+        return self.successes / self.n if self.n else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The Wilson score interval at 95 % (Wilson, JASA 1927); (0, 1) without trials."""
+        if not self.n:
+            return (0.0, 1.0)
+        p, z2 = self.value, Z_95**2
+        centre = (p + z2 / (2 * self.n)) / (1 + z2 / self.n)
+        half = Z_95 / (1 + z2 / self.n) * math.sqrt(p * (1 - p) / self.n + z2 / (4 * self.n**2))
+        return (max(0.0, centre - half), min(1.0, centre + half))
+
+    def describe(self) -> dict[str, Any]:
+        """Return JSON values."""
+        low, high = self.interval
+        return {
+            "value": None if math.isnan(self.value) else self.value,
+            "low": low,
+            "high": high,
+            "successes": self.successes,
+            "n": self.n,
+        }
+
+
+@dataclass(frozen=True)
+class BackdoorMetrics:
+    """What a model does on clean and on triggered images."""
+
+    clean_accuracy: Rate
+    attack_success: Rate
+    robust_accuracy: Rate
+
+    def describe(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "clean_accuracy": self.clean_accuracy.describe(),
+            "attack_success": self.attack_success.describe(),
+            "robust_accuracy": self.robust_accuracy.describe(),
+        }
+
+
+def clean_accuracy(
+    model: nn.Module, test: LabelledImages, *, batch_size: int = EVALUATION_BATCH
+) -> Rate:
+    """Return the accuracy of ``model``, in eval mode and fp32, on ``test``."""
+    return _rate(predictions_of(model, test.images, batch_size=batch_size) == test.labels.cpu())
+
+
+def evaluate(
+    model: nn.Module,
+    test: LabelledImages,
+    trigger: Trigger,
+    label_rule: LabelRule,
+    *,
+    batch_size: int = EVALUATION_BATCH,
+    eight_bit: bool = True,
+) -> BackdoorMetrics:
+    """Measure clean accuracy, attack success and robust accuracy.
+
+    Args:
+        model: Takes float images in [0, 1]; evaluated in eval mode and fp32, left untouched.
+        test: Images that neither attacker nor defender trained on.
+        trigger: The attacker's trigger.
+        label_rule: The attacker's label rule.
+        batch_size: Images per forward pass.
+        eight_bit: Round triggered images to 8-bit levels, as a real input would be.
+
+    Raises:
+        InvalidInputError: If ``test`` is empty.
+    """
+    if not len(test):
+        raise InvalidInputError("cannot evaluate on an empty test set; give at least one image.")
+    labels = test.labels.cpu()
+    counted = label_rule.counts(labels)
+    wanted = label_rule(labels)[counted]
+    triggered = [
+        quantise(trigger(as_float(part))) if eight_bit else trigger(as_float(part))
+        for part in test.images[counted.to(test.images.device)].split(1024)
+    ]
+    predictions = [predictions_of(model, part, batch_size=batch_size) for part in triggered]
+    flat = labels.new_tensor([label for part in predictions for label in part.tolist()])
+    return BackdoorMetrics(
+        clean_accuracy=clean_accuracy(model, test, batch_size=batch_size),
+        attack_success=_rate(flat == wanted),
+        robust_accuracy=_rate(flat == labels[counted]),
+    )
+
+
+def _rate(hits: Tensor) -> Rate:
+    return Rate(int(hits.sum()), len(hits))

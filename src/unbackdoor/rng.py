@@ -1,0 +1,36 @@
+"""Randomness without hidden state: explicit generators, and a fence around torch's global one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def generator(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """Return a new generator seeded with ``seed``."""
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def spawn(parent: torch.Generator) -> torch.Generator:
+    """Draw an independent CPU generator from ``parent`` (which advances by one draw)."""
+    return generator(draw_seed(parent))
+
+
+def draw_seed(parent: torch.Generator) -> int:
+    """Draw a seed in [0, 2^62) from ``parent``."""
+    return int(torch.randint(2**62, (1,), generator=parent, device=parent.device).item())
+
+
+@contextmanager
+def isolated(parent: torch.Generator) -> Iterator[None]:
+    """Seed torch's global generators from ``parent`` inside the block and restore them afterwards.
+
+    Weight initialisation and dropout read the global generator; inside this block they follow
+    ``parent``, and the caller's global state is left as it was.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(draw_seed(parent))
+        yield

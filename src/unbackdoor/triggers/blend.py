@@ -1,0 +1,47 @@
+"""A key image mixed into the whole picture (Chen et al., 2017, arXiv 1712.05526)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unbackdoor.errors import InvalidInputError
+
+
+@dataclass(frozen=True, eq=False)
+class BlendTrigger:
+    """Mix in a key image: ``T(x) = (1 - alpha) x + alpha k``.
+
+    Args:
+        key: float32 ``(C, H, W)`` in [0, 1], as large as the images; one channel serves any number.
+        alpha: Weight of the key, in (0, 1].
+    """
+
+    key: Tensor
+    alpha: float
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the blend of ``images``, float32 ``(N, C, H, W)``, and the key.
+
+        Raises:
+            InvalidInputError: If key and images differ in size.
+        """
+        if self.key.shape[-2:] != images.shape[-2:]:
+            raise InvalidInputError(
+                f"the key image has size {tuple(self.key.shape[-2:])}, the images {tuple(images.shape[-2:])}; "
+                "use the trigger on images of the size it was made for."
+            )
+        return (1 - self.alpha) * images + self.alpha * self.key.to(images)
+
+
+def noise_key(channels: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Return seeded uniform noise drawn at 32x32 and enlarged, so that its grain grows with the image.
+
+    Returns:
+        float32 ``(channels, height, width)`` in [0, 1].
+    """
+    base = torch.rand(1, channels, min(32, height), min(32, width), generator=generator)
+    return F.interpolate(base, size=(height, width), mode="nearest").squeeze(0)

@@ -1,0 +1,58 @@
+"""Keep triggers in safetensors files: tensor fields as tensors, the rest as JSON in the metadata."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unbackdoor.errors import InvalidInputError
+from unbackdoor.models.checkpoint import read_metadata, read_tensors, write_tensors
+from unbackdoor.triggers.blend import BlendTrigger
+from unbackdoor.triggers.patch import PatchTrigger
+from unbackdoor.types import Trigger
+
+KINDS: dict[str, type[Any]] = {"patch": PatchTrigger, "blend": BlendTrigger}
+"""What a trigger file may hold; the file names one of these, never code."""
+
+
+def save_trigger(trigger: Trigger, path: Path) -> None:
+    """Write ``trigger`` so that ``load_trigger`` rebuilds an equal one.
+
+    Raises:
+        InvalidInputError: If its class is not among ``KINDS``.
+    """
+    kind = next((name for name, cls in KINDS.items() if type(trigger) is cls), None)
+    if kind is None:
+        raise InvalidInputError(
+            f"a {type(trigger).__name__} cannot be saved; add it to triggers.files.KINDS ({', '.join(KINDS)})."
+        )
+    values = {field.name: getattr(trigger, field.name) for field in fields(KINDS[kind])}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    plain = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+    write_tensors(tensors, path, metadata={"trigger": kind, "options": json.dumps(plain)})
+
+
+def load_trigger(path: Path) -> Trigger:
+    """Read a trigger file.
+
+    Raises:
+        InvalidInputError: If the file holds no trigger of a known kind with all of its fields.
+        UnsafeFileError: If the file is not a sound safetensors file.
+    """
+    metadata = read_metadata(path)
+    kind = metadata.get("trigger", "")
+    if kind not in KINDS:
+        raise InvalidInputError(
+            f"{path} holds no trigger of a known kind (found {kind[:40]!r}, known: {', '.join(KINDS)}); "
+            "give the trigger.safetensors that `unbackdoor attack` wrote."
+        )
+    try:
+        options = json.loads(metadata.get("options", "{}"))
+        trigger: Trigger = KINDS[kind](**read_tensors(path), **options)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"{path} is an incomplete {kind} trigger: {error}.") from error
+    return trigger
