@@ -54,13 +54,13 @@ def _calibration_specs() -> dict[str, Spec]:
     specs = {}
     for index in range(20):
         recipe = replace(
-            Recipe.short(8),
+            Recipe.short(6),
             weight_decay=(5e-4, 1e-4, 1e-3, 0.0)[index % 4],
             crop_padding=(4, 0)[index // 4 % 2],
             flip=index % 3 != 2,
             learning_rate=(0.1, 0.03)[index % 5 // 4],
         )
-        specs[f"calibration-{index:02d}"] = Spec(None, 100 + index, recipe, images=25_000)
+        specs[f"calibration-{index:02d}"] = Spec(None, 100 + index, recipe, images=20_000)
     return specs
 
 

@@ -8,7 +8,6 @@ the robust accuracy, the share of the same images still classified by their true
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,50 +15,8 @@ from torch import Tensor, nn
 
 from unbackdoor.compute import EVALUATION_BATCH, predictions_of
 from unbackdoor.errors import InvalidInputError
+from unbackdoor.rates import Rate
 from unbackdoor.types import LabelledImages, LabelRule, Trigger, as_float, quantise
-
-Z_95 = 1.959963984540054
-"""97.5 % quantile of the normal distribution."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A fraction with its counts.
-
-    Args:
-        successes: Number of successes, in [0, n].
-        n: Number of trials, at least 0.
-    """
-
-    successes: int
-    n: int
-
-    @property
-    def value(self) -> float:
-        """The fraction; NaN without trials."""
-        return self.successes / self.n if self.n else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The Wilson score interval at 95 % (Wilson, JASA 1927); (0, 1) without trials."""
-        if not self.n:
-            return (0.0, 1.0)
-        p, z2 = self.value, Z_95**2
-        centre = (p + z2 / (2 * self.n)) / (1 + z2 / self.n)
-        half = Z_95 / (1 + z2 / self.n) * math.sqrt(p * (1 - p) / self.n + z2 / (4 * self.n**2))
-        return (max(0.0, centre - half), min(1.0, centre + half))
-
-    def describe(self) -> dict[str, Any]:
-        """Return JSON values."""
-        low, high = self.interval
-        return {
-            "value": None if math.isnan(self.value) else self.value,
-            "low": low,
-            "high": high,
-            "successes": self.successes,
-            "n": self.n,
-        }
-
 
 @dataclass(frozen=True)
 class BackdoorMetrics:
@@ -82,7 +39,7 @@ def clean_accuracy(
     model: nn.Module, test: LabelledImages, *, batch_size: int = EVALUATION_BATCH
 ) -> Rate:
     """Return the accuracy of ``model``, in eval mode and fp32, on ``test``."""
-    return _rate(predictions_of(model, test.images, batch_size=batch_size) == test.labels.cpu())
+    return Rate.of(predictions_of(model, test.images, batch_size=batch_size) == test.labels.cpu())
 
 
 def evaluate(
@@ -120,10 +77,7 @@ def evaluate(
     flat = labels.new_tensor([label for part in predictions for label in part.tolist()])
     return BackdoorMetrics(
         clean_accuracy=clean_accuracy(model, test, batch_size=batch_size),
-        attack_success=_rate(flat == wanted),
-        robust_accuracy=_rate(flat == labels[counted]),
+        attack_success=Rate.of(flat == wanted),
+        robust_accuracy=Rate.of(flat == labels[counted]),
     )
 
-
-def _rate(hits: Tensor) -> Rate:
-    return Rate(int(hits.sum()), len(hits))

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from unbackdoor import rng
-from unbackdoor.compute import Precision, autocast, device_of, mode
+from unbackdoor.compute import Precision, autocast, device_of, memory_format_for, mode
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterGroup, FilterMap
 from unbackdoor.filters.mask import masked_tensors
@@ -103,7 +103,8 @@ def learn_masks(
     low, high = bounds
     device = device_of(model)
     clean = clean.to(device)
-    frozen = copy.deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)
+    layout = memory_format_for(model)
+    frozen = copy.deepcopy(model).requires_grad_(False).to(memory_format=layout)
     groups = _masked_groups(filter_map, options.target)
     masks = {g.name: torch.ones(g.filters, device=device, requires_grad=True) for g in groups}
     optimiser = torch.optim.SGD(masks.values(), lr=options.learning_rate, momentum=options.momentum)
@@ -114,7 +115,7 @@ def learn_masks(
         before = torch.cat([mask.detach().clone() for mask in masks.values()])
         total, count = torch.zeros((), device=device), 0
         with mode(frozen, training=options.norm_mode == "train"), rng.isolated(generator):
-            for batch in batches(clean, options.batch_size, generator):
+            for batch in batches(clean, options.batch_size, generator, layout=layout):
                 loss = _masked_loss(frozen, filter_map, masks, batch.images, batch.labels, options)
                 extra = torch.stack([(coefficients[n] * m).sum() for n, m in masks.items()]).sum()
                 optimiser.zero_grad(set_to_none=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor import rng
-from unbackdoor.compute import Precision, autocast, device_of, logits_of, mode
+from unbackdoor.compute import Precision, autocast, device_of, logits_of, memory_format_for, mode
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.train import Batch, batches
 from unbackdoor.types import LabelledImages, Progress, silent
@@ -35,8 +35,9 @@ class Suppression:
         mu: Weight of the norm penalty ``mu ||theta||^2`` (equal to torch's weight_decay = 2 mu).
         learning_rate: Step of the ascent, eta_1.
         momentum: Not stated by the paper; 0 is its literal reading, 0.9 is RNP's.
-        epochs: Most passes over the clean images, T (the algorithm counts iterations, section 5.1 epochs).
-        unit: Whether ``epochs`` counts passes or single steps.
+        budget: Most ascent steps or passes, T. The paper's is 20, which its algorithm calls iterations and
+            section 5.1 epochs; ours is larger because the run ends with the accuracy anyway.
+        unit: Whether ``budget`` counts single steps (``iteration``) or passes over the images (``epoch``).
         batch_size: Not stated by the paper; RNP's 128.
         norm_mode: ``train`` lets batch norms use, and update, the batch's statistics, ``eval`` freezes
             them. The paper does not say; in eval mode the copy collapses to an arbitrary class.
@@ -51,8 +52,8 @@ class Suppression:
     mu: float = 0.001
     learning_rate: float = 0.01
     momentum: float = 0.9
-    epochs: int = 20
-    unit: Literal["epoch", "iteration"] = "epoch"
+    budget: int = 300
+    unit: Literal["epoch", "iteration"] = "iteration"
     batch_size: int = 128
     norm_mode: Literal["train", "eval"] = "train"
     decay: Literal["weights", "all"] = "weights"
@@ -63,10 +64,10 @@ class Suppression:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.learning_rate <= 0 or self.batch_size < 2:
+        if self.budget < 1 or self.learning_rate <= 0 or self.batch_size < 2:
             raise InvalidInputError(
-                "suppression needs epochs >= 1, learning_rate > 0 and batch_size >= 2, got "
-                f"{self.epochs}, {self.learning_rate} and {self.batch_size}."
+                "suppression needs budget >= 1, learning_rate > 0 and batch_size >= 2, got "
+                f"{self.budget}, {self.learning_rate} and {self.batch_size}."
             )
 
 
@@ -95,13 +96,13 @@ class Suppressed:
     Args:
         model: The copy, in eval mode.
         checks: The first is before the run, the last describes ``model``.
-        stop_reason: ``accuracy`` (reached ``stop_accuracy``), ``epochs`` (ran out) or ``not finite`` (the
+        stop_reason: ``accuracy`` (reached ``stop_accuracy``), ``budget`` (ran out) or ``not finite`` (the
             last sound state is returned).
     """
 
     model: nn.Module
     checks: tuple[Check, ...]
-    stop_reason: Literal["accuracy", "epochs", "not finite"]
+    stop_reason: Literal["accuracy", "budget", "not finite"]
 
     @property
     def accuracies(self) -> tuple[float, ...]:
@@ -141,7 +142,7 @@ def suppress(
     """
     if len(clean) < 2:
         raise InvalidInputError(f"clean suppression needs at least 2 clean images, got {len(clean)}.")
-    copied = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    copied = copy.deepcopy(model).to(memory_format=memory_format_for(model))
     copied.requires_grad_(True)
     device = device_of(model)
     clean = clean.to(device)
@@ -181,12 +182,12 @@ class _Run:
     def until_stopped(self, progress: Progress) -> Suppressed:
         options = self.options
         per_epoch = max(1, math.ceil(len(self.clean) / options.batch_size))
-        budget = options.epochs * (per_epoch if options.unit == "epoch" else 1)
+        budget = options.budget * (per_epoch if options.unit == "epoch" else 1)
         every = max(1, per_epoch // options.checks_per_epoch)
         checks = [self._check(0)]
         saved = copy.deepcopy(self.model.state_dict())
-        reason: Literal["accuracy", "epochs", "not finite"] = "epochs"
-        while (done := checks[-1].step) < budget and reason == "epochs":
+        reason: Literal["accuracy", "budget", "not finite"] = "budget"
+        while (done := checks[-1].step) < budget and reason == "budget":
             count = min(every, budget - done)
             if not self._ascend(count):
                 self.model.load_state_dict(saved)
@@ -233,4 +234,5 @@ class _Run:
             self.generator,
             crop_padding=4 if augment else 0,
             flip=augment,
+            layout=memory_format_for(self.model),
         )

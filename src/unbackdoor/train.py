@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor import rng
-from unbackdoor.compute import Precision, autocast, device_of, mode, uses_bf16
+from unbackdoor.compute import Precision, autocast, device_of, memory_format_for, mode, uses_bf16
 from unbackdoor.data.augment import random_crop, random_flip
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.types import LabelledImages, Progress, as_float, silent
@@ -118,6 +118,7 @@ def batches(
     *,
     crop_padding: int = 0,
     flip: bool = False,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> Iterator[Batch]:
     """Yield one shuffled, augmented pass over ``data``; the last batch may be smaller.
 
@@ -132,7 +133,7 @@ def batches(
             images = random_crop(images, crop_padding, generator)
         if flip:
             images = random_flip(images, generator)
-        images = as_float(images).contiguous(memory_format=torch.channels_last)
+        images = as_float(images).contiguous(memory_format=layout)
         yield Batch(images, data.labels[indices], indices)
 
 
@@ -169,7 +170,7 @@ def train(
         raise InvalidInputError("cannot train on an empty data set; give at least one image.")
     device = device_of(model)
     data = data.to(device)
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=memory_format_for(model))
     optimiser = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
         lr=recipe.learning_rate,
@@ -218,7 +219,12 @@ def _train_epoch(
     total = torch.zeros((), device=device)
     count = 0
     for batch in batches(
-        data, recipe.batch_size, generator, crop_padding=recipe.crop_padding, flip=recipe.flip
+        data,
+        recipe.batch_size,
+        generator,
+        crop_padding=recipe.crop_padding,
+        flip=recipe.flip,
+        layout=memory_format_for(model),
     ):
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate_at(first_step + count, steps)

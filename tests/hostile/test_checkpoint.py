@@ -128,7 +128,7 @@ def test_payload_in_later_protocols(tmp_path: Path, marker: Path, protocol: int)
         (global_("collections", "OrderedDict") + b")R)R", "calls a result of"),
         (global_("collections", "OrderedDict") + b"]\x85R", "passes arguments to OrderedDict"),
         (global_("torch", "FloatStorage") + number(2**40) + b"\x85R", "calls torch.FloatStorage"),
-        (global_("collections", "OrderedDict") + b"}b", "sets the state of a import"),
+        (global_("collections", "OrderedDict") + b"}b", "sets the state of a reference to collections"),
         (tensor([4], [1], numel=4) + numbers([1]) + b"b", "sets the state of a result of torch."),
         (tensor([4], [1], numel=4) + number(0) + text("x") + b"s", "stores items in a result of torch."),
         (b"(a", "empty stack"),

@@ -147,7 +147,8 @@ def _images(stored: _StoredArray, path: Path) -> Tensor:
         _, shape, kind, fortran, raw = stored.state
         rows, columns = shape
         sound = (
-            columns == _ROW
+            isinstance(rows, int)
+            and columns == _ROW
             and isinstance(kind, _StoredType)
             and _text(kind.arguments[0]) == "u1"
             and isinstance(raw, bytes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -96,3 +97,16 @@ def shipped_calibration() -> CalibrationSet:
     """Return the calibration that comes with the package."""
     file = resources.files("unbackdoor.detect") / "calibrations" / "cifar10_resnet18_w16.json"
     return parse_calibration(file.read_text(encoding="utf-8"), source=file.name)
+
+
+def read_calibration(path: Path) -> CalibrationSet:
+    """Read a calibration file of the user's.
+
+    Raises:
+        InvalidInputError: If it cannot be read or is no calibration file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{path} cannot be read as a calibration file ({error}).") from error
+    return parse_calibration(text, source=str(path))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbackdoor.compute import EVALUATION_BATCH, device_of, logits_of, mode
+from unbackdoor.compute import EVALUATION_BATCH, device_of, logits_of, memory_format_for, mode
 from unbackdoor.filters.groups import FilterMap
 from unbackdoor.filters.mask import FilterMask, PruneMode
 from unbackdoor.types import LabelledImages, as_float
@@ -54,7 +54,7 @@ def taylor_saliency(
                 part = slice(start, start + batch_size)
                 images = as_float(clean.images[part].to(device))
                 loss = F.cross_entropy(
-                    model(images.contiguous(memory_format=torch.channels_last)),
+                    model(images.contiguous(memory_format=memory_format_for(model))),
                     clean.labels[part].to(device),
                     reduction="sum",
                 )

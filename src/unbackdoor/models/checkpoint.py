@@ -640,7 +640,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], size: int) -> None:
         if total > 2 * size:
             raise _Refused(f"its tensors claim more than {total} bytes in all, of a file of {size} bytes")
     for name, tensor in tensors.items():
-        _check_values(name, tensor)
+        _check_values(name, tensor.detach())
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:

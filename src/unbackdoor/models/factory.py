@@ -76,6 +76,8 @@ def resolve_architecture(spec: str) -> Architecture:
 
 
 def _load_module(spec: str, name: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise _no_module(spec, name)
     try:
         found = importlib.util.find_spec(name)
     except (Exception, SystemExit) as error:  # finding a submodule runs its parent package

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from unbackdoor import rng
 from unbackdoor.errors import InvalidInputError, MismatchedCheckpointError, UnsupportedModelError
@@ -208,10 +209,23 @@ def _infer(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return options
 
 
+class _NoRandomWeights(TorchFunctionMode):
+    """Leave ``normal_`` out: on the meta device it only imports the compiler of PyTorch, for seconds."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the intercepted function returns
+        return args[0] if func is Tensor.normal_ else func(*args, **(kwargs or {}))
+
+
 def _on_meta(name: str, options: Mapping[str, Any], path: Path) -> nn.Module:
     """Build without allocating anything: the shapes come from a stranger's file."""
     try:
-        with rng.isolated(rng.generator(0)), torch.device("meta"):
+        with rng.isolated(rng.generator(0)), torch.device("meta"), _NoRandomWeights():
             return build(name, **options)
     except (RuntimeError, ValueError) as error:
         raise MismatchedCheckpointError(
@@ -267,8 +281,8 @@ def _classes_of(network: nn.Module, num_classes: int | None, path: Path) -> int:
         return outputs[-1]
     if outputs and num_classes not in outputs:
         raise MismatchedCheckpointError(
-            f"{path} has {outputs[-1]} classes but num_classes {num_classes} was given; leave that out or check "
-            "the file."
+            f"{path} has {outputs[-1]} classes but num_classes {num_classes} was given; "
+            "leave that out or check the file."
         )
     return num_classes
 

@@ -23,13 +23,16 @@ MAX_SHOWN = 80
 
 REMEDY = "Ask the author for a .safetensors file, or a torch.save(model.state_dict()) checkpoint."
 
+_IMPORT, _RESULT = "reference to ", "result of "
+"""Kinds that carry a name begin with these."""
+
 _PUSHED_KINDS: dict[str, str] = {
     **dict.fromkeys(("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"), "scalar"),
     **dict.fromkeys(("BINFLOAT", "BINUNICODE", "BINSTRING", "SHORT_BINSTRING"), "scalar"),
     **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES"), "scalar"),
     "EMPTY_DICT": "dict",
     "EMPTY_LIST": "list",
-    "EMPTY_TUPLE": "empty tuple",
+    "EMPTY_TUPLE": "zero-length tuple",
     "MARK": "mark",
 }
 
@@ -185,28 +188,28 @@ def _import(walk: _Walk, argument: _Argument, position: int) -> None:
     dotted = f"{module}.{name}"
     if dotted not in walk.allowed_imports or "." in name:
         raise _Refused(f"wants to import {shown(dotted)} at byte {position}")
-    walk.stack.append(f"import {dotted}")
+    walk.stack.append(f"{_IMPORT}{dotted}")
 
 
 def _call(walk: _Walk, argument: _Argument, position: int) -> None:
     arguments, function = walk.pop(position), walk.pop(position)
-    if not function.startswith("import ") or not arguments.endswith("tuple"):
+    if not function.startswith(_IMPORT) or not arguments.endswith("tuple"):
         raise _Refused(f"calls a {function} with a {arguments} at byte {position}")
-    name = function.removeprefix("import ")
-    if name == "collections.OrderedDict" and arguments != "empty tuple":
+    name = function.removeprefix(_IMPORT)
+    if name == "collections.OrderedDict" and arguments != "zero-length tuple":
         raise _Refused(f"passes arguments to OrderedDict at byte {position}")
     # Storages are named in persistent ids only; calling the class would allocate any number of bytes.
     if name.startswith("torch.") and name.endswith("Storage"):
         raise _Refused(f"calls {name} at byte {position}")
     # Python 3 writes bytes as a call of encode in protocol 2; they may be dictionary keys.
-    walk.stack.append("scalar" if name == "_codecs.encode" else f"result of {name}")
+    walk.stack.append("scalar" if name == "_codecs.encode" else f"{_RESULT}{name}")
 
 
 def _set_state(walk: _Walk, argument: _Argument, position: int) -> None:
     walk.pop(position)
     target = walk.top(position)
     # Setting the state of a tensor would give it new sizes behind the back of its constructor.
-    if not target.startswith("result of ") or target.startswith("result of torch."):
+    if not target.startswith(_RESULT) or target.startswith(f"{_RESULT}torch."):
         raise _Refused(f"sets the state of a {target} at byte {position}")
 
 
@@ -223,8 +226,8 @@ def _tuple_to_mark(walk: _Walk, argument: _Argument, position: int) -> None:
 
 def _tuple_kind(items: list[str]) -> str:
     if not items:
-        return "empty tuple"
-    flat = all(item == "scalar" or item.startswith("import ") for item in items)
+        return "zero-length tuple"
+    flat = all(item == "scalar" or item.startswith(_IMPORT) for item in items)
     return "flat tuple" if flat else "nested tuple"
 
 
@@ -239,7 +242,7 @@ def _set_items(walk: _Walk, argument: _Argument, position: int) -> None:
 
 def _check_items(walk: _Walk, items: list[str], position: int) -> None:
     target = walk.top(position)
-    if target not in ("dict", "result of collections.OrderedDict"):
+    if target not in ("dict", f"{_RESULT}collections.OrderedDict"):
         raise _Refused(f"stores items in a {target} at byte {position}")
     if len(items) % 2:
         raise _Refused(f"stores a key without a value at byte {position}")

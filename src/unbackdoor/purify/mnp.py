@@ -99,7 +99,7 @@ class MNP:
         objective of both masks does not depend on them.
         """
         return MNP(
-            suppression=Suppression(stop_accuracy=0.0, norm_mode="eval"),
+            suppression=Suppression(budget=20, unit="epoch", stop_accuracy=0.0),
             score="sum",
             amount="count",
             count=count,

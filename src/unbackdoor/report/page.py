@@ -197,7 +197,7 @@ def _purify_plots(document: PurifyDocument, key: str) -> dict[str, Markup]:
     found: dict[str, str] = {}
     if any(row.removed for row in document.layers):
         found["removed_by_layer"] = plots.removed_by_layer(document.layers, key=key)
-    if any(step.loss_change is not None for step in document.walk):
+    if document.walk:
         found["walk"] = plots.walk(document.walk, key=key)
     return _trusted(found)
 

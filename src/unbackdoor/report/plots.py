@@ -12,7 +12,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from unbackdoor.extras import require
 from unbackdoor.report.documents import LayerRow, Scatter, Suppression, WalkStep
@@ -29,6 +29,9 @@ MAX_VECTOR_POINTS = 3000
 
 MAX_BARS = 24
 """More bars than this are cut to the largest, or the first, ones."""
+
+MAX_DRAWN = 1e30
+"""Points at larger numbers, which no measurement gives, are left out."""
 
 Numbers = Sequence[float | None]
 
@@ -71,9 +74,11 @@ def scatter(data: Scatter, *, key: str = "plot") -> tuple[str, str]:
 
 
 def _scatter(data: Scatter, x: Numbers, y: Numbers, rho: float | None, *, when: str, key: str) -> str:
+    saliency = _known((*data.saliency, *data.saliency_after))
+
     def draw(axes: Axes) -> None:
         _points(axes, data, x, y)
-        _signed_log(axes, _known((*data.saliency, *data.saliency_after)))
+        _signed_log(axes, saliency, linear=_most(saliency))
         _pad(axes, _known((*data.magnitude, *data.magnitude_after)))
         axes.set_xlabel("filter magnitude")
         axes.set_ylabel("saliency (rise of the clean loss)")
@@ -165,10 +170,16 @@ def removed_by_layer(layers: Sequence[LayerRow], *, key: str = "plot") -> str:
     def draw(axes: Axes) -> None:
         bars = _bars(axes, [row.removed for row in rows], [row.name for row in rows], [ACCENT] * len(rows))
         for row, y in zip(rows, bars, strict=True):
-            axes.text(
-                row.removed, y, f" {row.removed} of {row.filters}", va="center", fontsize=8, color=MUTED
+            axes.annotate(
+                f"{row.removed} of {row.filters}",
+                (row.removed, y),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=MUTED,
             )
-        axes.margins(x=0.2)
+        axes.margins(x=0.3)
         axes.set_xlim(left=0)
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("removed filters")
@@ -185,13 +196,14 @@ def removed_by_layer(layers: Sequence[LayerRow], *, key: str = "plot") -> str:
 def walk(steps: Sequence[WalkStep], *, key: str = "plot") -> str:
     """Draw the change of the clean loss per candidate: dots were removed, crosses kept."""
     changes = _known([step.loss_change for step in steps])
+    removed = _known([step.loss_change for step in steps if not step.kept])
 
     def draw(axes: Axes) -> None:
         for kept, colour, marker, label in ((False, ACCENT, "o", "removed"), (True, BAD, "x", "kept")):
             chosen = [
                 (step.rank + 1, step.loss_change)
                 for step in steps
-                if step.kept is kept and step.loss_change is not None
+                if step.kept is kept and _drawable(step.loss_change)
             ]
             axes.plot(
                 [rank for rank, _ in chosen],
@@ -203,11 +215,11 @@ def walk(steps: Sequence[WalkStep], *, key: str = "plot") -> str:
                 label=f"{label} ({len(chosen)})",
             )
         axes.axhline(0, color=MUTED, linewidth=0.6)
-        _signed_log(axes, changes)
+        _signed_log(axes, changes, linear=max(map(abs, removed), default=0.0))
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("candidate, most suspicious first")
         axes.set_ylabel("change of the clean loss")
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9, borderpad=0)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
 
     kept = sum(step.kept for step in steps)
     return _plot(
@@ -270,7 +282,7 @@ def _points(axes: Axes, data: Scatter, magnitude: Numbers, saliency: Numbers) ->
         points = [
             (x, y)
             for layer, x, y in zip(data.layer_of, magnitude, saliency, strict=True)
-            if layer == index and x is not None and y is not None
+            if layer == index and _drawable(x) and _drawable(y)
         ]
         if dense or not points:
             flat = ([x for x, _ in points], [y for _, y in points])
@@ -300,26 +312,37 @@ def _bars(axes: Axes, values: Sequence[float], labels: Iterable[str], colours: S
     return rows
 
 
-def _signed_log(axes: Axes, values: Sequence[float]) -> None:
-    """Make the y axis logarithmic in both directions, linear around zero, over ``values``."""
-    sizes = sorted(abs(value) for value in values if value)
-    if not sizes:
+def _signed_log(axes: Axes, values: Sequence[float], *, linear: float) -> None:
+    """Make the y axis linear between plus and minus ``linear``, logarithmic beyond; show ``values``."""
+    low, high = min((0.0, *values)), max((0.0, *values))
+    largest = max(-low, high)
+    if largest < 1 / MAX_DRAWN:
+        axes.set_ylim(-1.0, 1.0)
         return
-    largest = sizes[-1]
-    # Below the median, and below a thousandth of the largest, differences do not matter to the eye.
-    linear = max(sizes[len(sizes) // 2], largest / 1000)
-    axes.set_yscale("symlog", linthresh=linear, linscale=1.0)
-    low, high = min(0.0, *values), max(0.0, *values)
-    axes.set_ylim(low * 1.3 - linear / 5, high * 1.3 + linear / 5)
-    decades = [10.0**power for power in range(-12, 13) if linear / 2 <= 10.0**power <= largest * 1.2][-3:]
+    linear = max(linear, largest / 1000)
+    axes.set_yscale("symlog", linthresh=linear, linscale=1.5)
+    ends = [low * 1.15 - linear / 10, high * (1.15 if high <= linear else 2.0) + linear / 10]
+    axes.set_ylim(*ends)
+    decades = [10.0**power for power in range(-12, 13) if linear / 3 <= 10.0**power <= largest * 2]
     ticks = [0.0, *decades, *(-value for value in decades)]
-    axes.set_yticks([tick for tick in ticks if low * 1.3 <= tick <= high * 1.3])
+    axes.set_yticks([tick for tick in ticks if ends[0] <= tick <= ends[1]])
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.minorticks_off()
 
 
+def _most(values: Sequence[float]) -> float:
+    """Return the size that nine tenths of ``values`` do not exceed."""
+    sizes = sorted(abs(value) for value in values)
+    return sizes[int(0.9 * (len(sizes) - 1))] if sizes else 0.0
+
+
 def _known(values: Numbers) -> list[float]:
-    return [value for value in values if value is not None]
+    return [value for value in values if _drawable(value)]
+
+
+def _drawable(value: float | None) -> TypeGuard[float]:
+    # The arithmetic of axes overflows well before the numbers do.
+    return value is not None and abs(value) < MAX_DRAWN
 
 
 def _pad(axes: Axes, values: Sequence[float]) -> None:

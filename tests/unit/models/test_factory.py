@@ -119,7 +119,7 @@ def test_imports_leave_no_traces(nets: Path) -> None:
 def test_module(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(nets.parent)
     network = resolve_architecture("my_nets:with_classes").build(num_classes=5)
-    monkeypatch.delitem(sys.modules, "my_nets")
+    del sys.modules["my_nets"]
     assert isinstance(network, nn.Linear)
     assert network.out_features == 5
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +51,7 @@ def headless():
 """
 
 
-def trained(name: str = "resnet10", **options: Any) -> nn.Module:
+def trained(name: str = "resnet10", **options: int | str) -> nn.Module:
     with rng.isolated(rng.generator(1)):
         model = build(name, **{"num_classes": 5, "width": 4} | options)
         for module in model.modules():
@@ -133,7 +135,7 @@ def test_prefixes(tmp_path: Path, prefix: str) -> None:
 def test_prefix_that_is_not_common_is_kept(tmp_path: Path) -> None:
     state = {f"module.{name}": tensor for name, tensor in trained().state_dict().items()}
     state["extra"] = torch.zeros(1)
-    with pytest.raises(MismatchedCheckpointError, match="unexpected: 'extra', 'module.bn1.bias'"):
+    with pytest.raises(MismatchedCheckpointError, match=r"unexpected: 'extra', 'module\.bn1\.bias'"):
         load_model(save(state, tmp_path / "m.pt"), "resnet10")
 
 
@@ -160,8 +162,7 @@ def test_result_is_complete_trainable_and_independent(tmp_path: Path) -> None:
 
 def test_global_randomness_is_untouched(tmp_path: Path, user: str) -> None:
     own = save(trained().state_dict(), tmp_path / "m.pt")
-    theirs = save({"model.0.weight": torch.zeros(4, 3, 3, 3), "model.0.bias": torch.zeros(4),
-                   "model.1.weight": torch.zeros(5, 4), "model.1.bias": torch.zeros(5)}, tmp_path / "u.pt")  # fmt: skip
+    theirs = save(user_state(5), tmp_path / "u.pt")
     before = torch.get_rng_state()
     load_model(own, "resnet10")
     load_model(theirs, f"{user}:inner", num_classes=5)
@@ -174,6 +175,16 @@ def test_batch_counters_may_be_absent_or_unknown(tmp_path: Path) -> None:
     assert_same(load_model(save(state, tmp_path / "m.pt"), "resnet10").model, model, images())
     state["other.num_batches_tracked"] = torch.tensor(3)
     assert_same(load_model(save(state, tmp_path / "n.pt"), "resnet10").model, model, images())
+
+
+def test_loading_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """Drawing random weights on the meta device imports 800 modules, which takes seconds."""
+    path = save(trained("resnet10").state_dict(), tmp_path / "m.pt")
+    code = (
+        "import sys; from pathlib import Path; from unbackdoor.models.loading import load_model; "
+        f"load_model(Path({str(path)!r}), 'resnet10'); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- Mismatches
@@ -359,7 +370,7 @@ def test_save_like_refuses(tmp_path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(InvalidInputError, match="is the input file"):
         save_like(loaded, loaded.model, path)
-    with pytest.raises(InvalidInputError, match="differs from the loaded one in 'bn1.bias'"):
+    with pytest.raises(InvalidInputError, match=r"differs from the loaded one in 'bn1\.bias'"):
         save_like(loaded, trained(), tmp_path / "out.safetensors")
     assert path.read_bytes() == before
     assert replace(loaded, key_prefix="x").key_prefix == "x"

@@ -48,9 +48,7 @@ def rate(successes: int, n: int) -> Rate:
     p, z2 = successes / n, 1.96**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = 1.96 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return Rate(
-        value=p, low=max(0.0, centre - half), high=min(1.0, centre + half), successes=successes, n=n
-    )
+    return Rate(value=p, low=max(0.0, centre - half), high=min(1.0, centre + half), successes=successes, n=n)
 
 
 def png(generator: random.Random, *, size: int = 32, tone: int = 128, spread: int = 60) -> str:
@@ -66,10 +64,7 @@ def png(generator: random.Random, *, size: int = 32, tone: int = 128, spread: in
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return (
-            struct.pack(">I", len(content))
-            + kind
-            + content
-            + struct.pack(">I", zlib.crc32(kind + content))
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
         )
 
     header = struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)

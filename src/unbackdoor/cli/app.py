@@ -1,0 +1,57 @@
+"""The ``unbackdoor`` command: every error on purpose is one line, and exit codes mean something."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from unbackdoor.cli.attack import attack
+from unbackdoor.cli.demo import demo
+from unbackdoor.cli.evaluate import evaluate
+from unbackdoor.cli.purify import purify
+from unbackdoor.cli.report import report
+from unbackdoor.cli.scan import scan
+from unbackdoor.errors import UnbackdoorError
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Find and remove backdoors in PyTorch image classifiers, given a few hundred clean images.",
+)
+for command in (scan, purify, evaluate, attack, report, demo):
+    app.command()(command)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from unbackdoor import __version__
+
+        typer.echo(f"unbackdoor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(  # noqa: ARG001 - handled by its callback
+        False, "--version", callback=_version, is_eager=True, help="Print the version and leave."
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except UnbackdoorError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)

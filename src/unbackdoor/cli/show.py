@@ -1,0 +1,163 @@
+"""How results look in a terminal, and where pages go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from unbackdoor.cli import console
+from unbackdoor.errors import InvalidInputError
+from unbackdoor.report import documents as doc
+
+if TYPE_CHECKING:
+    from unbackdoor.models.loading import LoadedModel
+
+_STYLES = {"backdoored": "bold red", "clean": "bold green", "inconclusive": "bold yellow"}
+_HEADLINES = {
+    "backdoored": "BACKDOORED",
+    "clean": "CLEAN: no evidence of a backdoor",
+    "inconclusive": "INCONCLUSIVE",
+}
+
+
+def announce(loaded: LoadedModel) -> None:
+    """Say what was loaded, and whether it ran the user's code."""
+    if loaded.architecture.is_user_code:
+        console.note(f"note: ran your own code, {loaded.architecture.name}, to build the network.")
+
+
+def check_output(out: Path, model: Path, *, force: bool) -> None:
+    """Fail before the work if the result could not be written, or would destroy something.
+
+    Raises:
+        InvalidInputError: If ``out`` is the input, exists, or has no folder.
+    """
+    if out.exists() and out.resolve() == model.resolve():
+        raise InvalidInputError(f"{out} is the input model; give another file with --out.")
+    if out.is_dir() or not out.parent.is_dir():
+        raise InvalidInputError(f"cannot write {out}: its folder does not exist, or it is a folder itself.")
+    if out.exists() and not force:
+        raise InvalidInputError(f"{out} exists already; choose another name or add --force.")
+
+
+def finish(document: doc.Document, *, as_json: bool, report: Path | None) -> None:
+    """Print a result, and write its page if asked for."""
+    if report is not None:
+        write_page([document], report, title="Backdoor report", quiet=as_json)
+    if as_json:
+        console.print_json(document.model_dump_json(indent=1))
+        return
+    for warning in getattr(document, "warnings", ()):
+        console.warn(warning)
+    if isinstance(document, doc.ScanDocument):
+        _scan(document)
+    elif isinstance(document, doc.PurifyDocument):
+        _purify(document)
+    else:
+        _evaluate(document)
+
+
+def write_page(
+    documents: Sequence[doc.Document], out: Path, *, title: str, quiet: bool = False
+) -> None:
+    """Render the documents and write the page.
+
+    Raises:
+        InvalidInputError: If the file cannot be written.
+    """
+    from unbackdoor.report.page import render
+
+    page = render(documents, title=title)
+    try:
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InvalidInputError(f"cannot write {out}: {error.strerror}; check the folder.") from error
+    if not quiet:
+        console.note(f"wrote {out} ({len(page) // 1024} KiB)")
+
+
+def card(values: Mapping[str, Any], out: Path) -> None:
+    """Print what an attack's card claims."""
+    metrics = {name: doc.Rate.model_validate(value) for name, value in values["metrics"].items()}
+    console.results.print(_rates(metrics))
+    console.results.print(f"wrote {out}/model.safetensors, card.json", markup=False)
+
+
+def percent(value: doc.Rate) -> str:
+    """Return a rate with its interval, in per cent."""
+    if value.value is None:
+        return "-"
+    return f"{value.value:.1%} [{value.low:.1%}, {value.high:.1%}]"
+
+
+def _scan(document: doc.ScanDocument) -> None:
+    out = console.results
+    headline = _HEADLINES[document.verdict]
+    if document.target_class is not None:
+        headline += f", suspected target class {document.target_class} ({document.target_name})"
+    out.print(headline, style=_STYLES[document.verdict], markup=False)
+    out.print(document.reason, markup=False)
+    out.print(
+        f"clean accuracy {percent(document.clean_accuracy)} on {document.data.images} images, "
+        f"{document.seconds:.0f} s",
+        markup=False,
+    )
+    if document.detectors:
+        table = Table("detector", "score", "threshold", "p", "says", box=None, pad_edge=False)
+        for row in document.detectors:
+            table.add_row(
+                row.title,
+                "-" if row.score is None else f"{row.score:.3f}",
+                "-" if row.threshold is None else f"{row.threshold:.3f}",
+                "-" if row.p_value is None else f"{row.p_value:.3f}",
+                row.verdict,
+            )
+        out.print(table)
+        for row in document.detectors:
+            out.print(f"- {row.summary}", markup=False)
+        out.print(f"- thresholds: {document.detectors[0].threshold_source}", markup=False)
+    out.print(document.advice, markup=False)
+
+
+def _purify(document: doc.PurifyDocument) -> None:
+    out = console.results
+    out.print(
+        f"removed {document.filters_removed} of {document.filters_total} filters with {document.method} in "
+        f"{document.seconds:.0f} s, wrote {document.output}",
+        style="bold",
+        markup=False,
+    )
+    table = Table("layer", "removed", "filters", box=None, pad_edge=False)
+    for layer in document.layers:
+        if layer.removed:
+            numbers = ", ".join(str(f.filter) for f in document.removed if f.layer == layer.name)
+            table.add_row(layer.name, f"{layer.removed} of {layer.filters}", numbers)
+    out.print(table)
+    out.print(
+        f"clean accuracy on {document.clean_accuracy_before.n} images that the method did not see: "
+        f"{percent(document.clean_accuracy_before)} before, {percent(document.clean_accuracy_after)} after",
+        markup=False,
+    )
+    for item in document.untreated:
+        console.note(f"not treated: {item.layer}: {item.reason}")
+    out.print("Scan the new file: only a scan can say whether evidence is left.", markup=False)
+
+
+def _evaluate(document: doc.EvaluateDocument) -> None:
+    console.results.print(document.label, style="bold", markup=False)
+    console.results.print(_rates(document.metrics))
+
+
+def _rates(metrics: Mapping[str, doc.Rate]) -> Table:
+    names = {
+        "clean_accuracy": "clean accuracy (CA)",
+        "attack_success": "attack success (ASR)",
+        "robust_accuracy": "robust accuracy (RA)",
+    }
+    table = Table("metric", "value [95 % interval]", "n", box=None, pad_edge=False)
+    for name, value in metrics.items():
+        table.add_row(names.get(name, name), percent(value), str(value.n))
+    return table

@@ -1,0 +1,150 @@
+"""The demonstration, step by step, with the functions that the other commands use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from unbackdoor import rng
+from unbackdoor.attacks import BadNets
+from unbackdoor.bench.artefact import save_clean, save_infected
+from unbackdoor.cli import inputs, show
+from unbackdoor.cli.work import evaluate_document, purify_document, scan_document
+from unbackdoor.data import load_images, split
+from unbackdoor.detect.scan import Scan
+from unbackdoor.errors import InvalidInputError
+from unbackdoor.models import NormalisedModel, build
+from unbackdoor.models.loading import LoadedModel, load_model
+from unbackdoor.purify import MNP
+from unbackdoor.report import documents as doc
+from unbackdoor.train import Recipe, train
+from unbackdoor.types import Infected, LabelledImages, Progress
+
+RECIPE = Recipe(epochs=25, batch_size=64, schedule="one_cycle", crop_padding=1, flip=False)
+"""Digits are not mirrored."""
+
+DATA = inputs.DataOptions("digits", "test", 250)
+
+
+def tell(out: Path, *, seed: int, progress: Progress, say: Callable[[str], None]) -> None:
+    """Run the demonstration and leave everything in ``out``.
+
+    Args:
+        out: Folder; made if absent.
+        seed: Seed of everything.
+        progress: Called by each stage.
+        say: Gets one line a step.
+    """
+    started = time.perf_counter()
+    folders = _folders(out)
+    training = load_images("digits", split="train")
+    defence, unseen = split(load_images("digits", split="test"), 0.5, rng.generator(seed))
+
+    say("1. An attacker trains a model: a small white patch turns every digit into a 0.")
+    infected = _train_infected(training, unseen, folders["infected"], seed, progress)
+    say("2. An honest twin is trained in the same way.")
+    _train_clean(training, unseen, folders["clean"], seed, progress)
+
+    say("3. You get both files, and 250 clean images. Scan them:")
+    documents: list[doc.Document] = []
+    models = {name: load_model(folder / "model.safetensors", "resnet10") for name, folder in folders.items()}
+    for name, loaded in models.items():
+        documents.append(_scan(loaded, defence, seed, progress))
+        show.finish(documents[-1], as_json=False, report=None)
+
+    say("4. Purify the infected one, and scan the result:")
+    target = out / "purified.safetensors"
+    suspect = models["infected"]
+    job = purify_document(
+        suspect,
+        defence,
+        unseen,
+        method=MNP(),
+        out=target,
+        info=inputs.describe_model(suspect),
+        data=_data_info(defence),
+        seed=seed,
+        progress=progress,
+    )
+    show.finish(job.document, as_json=False, report=None)
+    purified = load_model(target, "resnet10")
+    documents += [job.document, _scan(purified, defence, seed, progress)]
+    show.finish(documents[-1], as_json=False, report=None)
+
+    say("5. Only the laboratory knows the trigger. What it did before and after:")
+    for label, loaded in (("infected, before", suspect), ("infected, purified", purified)):
+        documents.append(_evaluate(loaded, infected, unseen, label))
+        show.finish(documents[-1], as_json=False, report=None)
+    for index, document in enumerate(documents):
+        doc.write_document(document, out / f"{index}-{document.kind}.json")
+    show.write_page(documents, out / "report.html", title="unbackdoor: a demonstration on digits")
+    say(f"Done in {time.perf_counter() - started:.0f} s. Open {out / 'report.html'} in a browser.")
+
+
+def _folders(out: Path) -> dict[str, Path]:
+    folders = {"infected": out / "infected", "clean": out / "clean"}
+    try:
+        for folder in folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(f"cannot make {out}: {error.strerror}; choose another --out.") from error
+    return folders
+
+
+def _network() -> NormalisedModel:
+    return NormalisedModel(build("resnet10", width=8, num_classes=10, in_channels=1), (0.3,), (0.35,))
+
+
+def _train_infected(
+    training: LabelledImages, test: LabelledImages, out: Path, seed: int, progress: Progress
+) -> Infected:
+    attack = BadNets(pattern="white", patch_size=3, trigger_stage="after_augmentation", recipe=RECIPE)
+    infected = attack.run(training, _network, generator=rng.generator(seed), progress=progress)
+    save_infected(out, infected, test, attack=attack, seed=seed)
+    return infected
+
+
+def _train_clean(
+    training: LabelledImages, test: LabelledImages, out: Path, seed: int, progress: Progress
+) -> None:
+    generator = rng.generator(seed)
+    with rng.isolated(generator):
+        model = _network()
+    record = train(model, training, RECIPE, generator=rng.spawn(generator), progress=progress)
+    save_clean(out, model, test, seed=seed, record={"training": record.describe()})
+
+
+def _scan(loaded: LoadedModel, clean: LabelledImages, seed: int, progress: Progress) -> doc.ScanDocument:
+    return scan_document(
+        loaded.model,
+        clean,
+        scan=Scan(),
+        info=inputs.describe_model(loaded),
+        data=_data_info(clean),
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _evaluate(
+    loaded: LoadedModel, infected: Infected, test: LabelledImages, label: str
+) -> doc.EvaluateDocument:
+    return evaluate_document(
+        loaded.model,
+        test,
+        trigger=infected.trigger,
+        label_rule=infected.label_rule,
+        attack="badnets",
+        label=label,
+        info=inputs.describe_model(loaded),
+        data=_data_info(test),
+    )
+
+
+def _data_info(data: LabelledImages) -> doc.DataInfo:
+    options = replace(DATA, count=len(data))
+    return inputs.describe_data(data, options, smallest=int(torch.bincount(data.labels).min()))

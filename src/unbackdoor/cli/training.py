@@ -1,0 +1,151 @@
+"""The work behind ``unbackdoor attack``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unbackdoor import rng
+from unbackdoor.attacks import BadNets, Blend
+from unbackdoor.bench.artefact import read_card, save_clean, save_infected
+from unbackdoor.cli.inputs import DataOptions, read_data
+from unbackdoor.cli.settings import configure
+from unbackdoor.data.splits import draw_balanced
+from unbackdoor.errors import InvalidInputError
+from unbackdoor.models import NormalisedModel
+from unbackdoor.models.factory import resolve_architecture
+from unbackdoor.models.normalise import PRESETS
+from unbackdoor.train import Recipe, train
+from unbackdoor.types import LabelledImages, Progress
+
+ATTACKS: dict[str, BadNets | Blend | None] = {"badnets": BadNets(), "blend": Blend(), "none": None}
+"""Names for ``unbackdoor attack``; ``none`` trains a clean twin."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides which model comes out."""
+
+    name: str
+    data: str
+    out: Path
+    arch: str
+    width: int
+    epochs: int
+    settings: tuple[str, ...]
+    split: str
+    test_split: str
+    limit: int | None
+    image_size: int | None
+    normalize: str
+    seed: int
+    device: str
+
+    def describe(self) -> dict[str, Any]:
+        """Return JSON values, without where the result goes and the device."""
+        return {k: v for k, v in asdict(self).items() if k not in ("out", "device")} | {
+            "settings": list(self.settings)
+        }
+
+    def command(self) -> str:
+        """Return the command line that trains this model again."""
+        parts = ["unbackdoor", "attack", self.name, "--data", self.data, "--out", str(self.out)]
+        parts += ["--arch", self.arch, "--width", str(self.width), "--epochs", str(self.epochs)]
+        parts += ["--seed", str(self.seed), "--normalize", self.normalize, "--split", self.split]
+        parts += ["--test-split", self.test_split]
+        parts += ["--limit", str(self.limit)] if self.limit else []
+        parts += ["--image-size", str(self.image_size)] if self.image_size else []
+        for assignment in self.settings:
+            parts += ["--set", assignment]
+        return shlex.join(parts)
+
+
+def run(job: Job, progress: Progress) -> dict[str, Any]:
+    """Train and measure the model; return its card. A finished job is not done again.
+
+    Raises:
+        InvalidInputError: If the folder holds another job's result, or an option does not fit.
+    """
+    if job.name not in ATTACKS:
+        raise InvalidInputError(f"unknown attack {job.name!r}; known are {', '.join(ATTACKS)}.")
+    finished = _prepare(job)
+    if finished:
+        return finished
+    generator = rng.generator(job.seed)
+    data = read_data(DataOptions(job.data, job.split, image_size=job.image_size))
+    test = read_data(DataOptions(job.data, job.test_split, image_size=job.image_size))
+    if job.limit is not None and job.limit < len(data):
+        data = draw_balanced(data, job.limit, rng.spawn(generator))
+    state = job.out / "training.safetensors"
+    extra = {"job": job.describe(), "command": job.command()}
+    method = _configured(job)
+    if isinstance(method, Recipe):
+        with rng.isolated(generator):
+            model = _network(job, data)
+        record = train(
+            model, data, method, generator=rng.spawn(generator), resume_from=state, progress=progress
+        )
+        card = save_clean(
+            job.out, model, test, seed=job.seed, record={"training": record.describe(), **extra}
+        )
+    else:
+        infected = method.run(
+            data, lambda: _network(job, data), generator=generator, resume_from=state, progress=progress
+        )
+        card = save_infected(job.out, infected, test, attack=method, seed=job.seed, extra=extra)
+    state.unlink(missing_ok=True)
+    return card
+
+
+def _prepare(job: Job) -> dict[str, Any] | None:
+    """Make the folder; return the card if this very job is done."""
+    marker = job.out / "job.json"
+    description = json.dumps(job.describe(), sort_keys=True)
+    if job.out.exists() and not job.out.is_dir():
+        raise InvalidInputError(f"{job.out} is a file; give a folder with --out.")
+    if marker.exists() and marker.read_text() != description:
+        raise InvalidInputError(
+            f"{job.out} holds a model trained with other options; choose another folder, or delete it."
+        )
+    if (job.out / "card.json").exists():
+        if not marker.exists():
+            raise InvalidInputError(f"{job.out} holds another model already; choose another folder.")
+        return read_card(job.out)
+    job.out.mkdir(parents=True, exist_ok=True)
+    marker.write_text(description)
+    return None
+
+
+def _configured(job: Job) -> BadNets | Blend | Recipe:
+    recipe = Recipe.short(job.epochs)
+    method = ATTACKS[job.name]
+    if method is None:
+        plain = [s.removeprefix("recipe.") for s in job.settings]
+        return configure(recipe, plain)
+    return configure(replace(method, recipe=recipe), job.settings)
+
+
+def _network(job: Job, data: LabelledImages) -> nn.Module:
+    architecture = resolve_architecture(job.arch)
+    channels = data.images.shape[1]
+    options = {"num_classes": data.num_classes}
+    if not architecture.is_user_code:
+        options |= {"width": job.width, "in_channels": channels}
+    network = architecture.build(**options)
+    if job.normalize != "none":
+        if job.normalize not in PRESETS:
+            raise InvalidInputError(
+                f"unknown normalisation {job.normalize!r}; known are none, {', '.join(PRESETS)}."
+            )
+        mean, std = PRESETS[job.normalize]
+        if len(mean) not in (1, channels):
+            mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+        network = NormalisedModel(network, mean, std)
+    use_cuda = job.device == "cuda" or (job.device == "auto" and torch.cuda.is_available())
+    return network.to("cuda" if use_cuda else "cpu")

@@ -1,0 +1,350 @@
+"""The work behind the commands: from inputs to documents, without printing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import unbackdoor
+from unbackdoor import rng
+from unbackdoor.compute import predictions_of
+from unbackdoor.detect.collapse import Collapse
+from unbackdoor.detect.exposure import Exposure
+from unbackdoor.detect.mnp import CorrelationRatio
+from unbackdoor.detect.scan import LIMITS, Scan, ScanResult
+from unbackdoor.evaluate import clean_accuracy, evaluate
+from unbackdoor.extras import require
+from unbackdoor.filters.groups import FilterMap, find_filters
+from unbackdoor.filters.magnitude import magnitudes
+from unbackdoor.models.loading import LoadedModel, save_like
+from unbackdoor.purify import MNP
+from unbackdoor.rates import Rate
+from unbackdoor.report import documents as doc
+from unbackdoor.types import Detection, LabelledImages, LabelRule, Progress, Purified, Trigger, as_float, quantise
+
+PURIFIERS: dict[str, MNP] = {"mnp": MNP(), "mnp-paper": MNP.paper()}
+"""Names for ``purify --method``."""
+
+ADVICE = {
+    "backdoored": "Do not use this model. Get it from a source you trust, or remove the backdoor with "
+    "`unbackdoor purify`, scan the result again and look at what it cost.",
+    "clean": "No evidence was found; read below what this scan cannot see before you rely on it.",
+    "inconclusive": "Do not rely on this model yet: mend what is named above and scan again.",
+}
+
+PURIFY_LIMITS = (
+    "Whether a backdoor was there, and whether it is gone, cannot be seen from clean images alone; scan the "
+    "purified model again.",
+    "Backdoors trained in with very few poisoned images were seen to survive pruning.",
+    "A purified model can be infected again by fine-tuning on poisoned images.",
+)
+
+
+def scan_document(
+    model: nn.Module,
+    clean: LabelledImages,
+    *,
+    scan: Scan,
+    info: doc.ModelInfo,
+    data: doc.DataInfo,
+    seed: int,
+    warnings: tuple[str, ...] = (),
+    progress: Progress,
+) -> doc.ScanDocument:
+    """Scan ``model`` and describe the result."""
+    result = scan.run(model, clean, generator=rng.generator(seed), progress=progress)
+    target = result.target_class
+    return doc.ScanDocument(
+        tool_version=unbackdoor.__version__,
+        seconds=result.seconds,
+        model=info,
+        data=data,
+        clean_accuracy=rate(result.plausibility.accuracy),
+        verdict=result.verdict,
+        reason=_sentence(result.reason),
+        advice=ADVICE[result.verdict],
+        target_class=target,
+        target_name=None if target is None else clean.name_of(target),
+        warnings=[*warnings, *result.warnings],
+        detectors=_detector_rows(result, clean),
+        suppression=_suppression(result.exposure, scan),
+        scatter=_scatter(result.exposure),
+        settings={"scan": _plain(asdict(scan)), "seed": seed},
+        limits=list(LIMITS),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class PurifyJob:
+    """A purification before its result is written."""
+
+    purified: Purified
+    document: doc.PurifyDocument
+
+
+def purify_document(
+    loaded: LoadedModel,
+    learning: LabelledImages,
+    held_out: LabelledImages,
+    *,
+    method: MNP,
+    out: Path,
+    info: doc.ModelInfo,
+    data: doc.DataInfo,
+    seed: int,
+    warnings: tuple[str, ...] = (),
+    progress: Progress,
+) -> PurifyJob:
+    """Purify, write the new file and describe what was done and what it cost."""
+    started = time.perf_counter()
+    purified = method.purify(loaded.model, learning, generator=rng.generator(seed), progress=progress)
+    seconds = time.perf_counter() - started
+    save_like(loaded, purified.model, out)
+    filter_map = find_filters(loaded.model, as_float(learning.images[:1]))
+    diagnostics = purified.diagnostics
+    document = doc.PurifyDocument(
+        tool_version=unbackdoor.__version__,
+        seconds=seconds,
+        model=info,
+        data=data,
+        method=method.name,
+        options=_plain(diagnostics.get("options", {})),
+        output=str(out),
+        output_sha256=hashlib.sha256(out.read_bytes()).hexdigest(),
+        clean_accuracy_before=rate(clean_accuracy(loaded.model, held_out)),
+        clean_accuracy_after=rate(clean_accuracy(purified.model, held_out)),
+        filters_total=sum(group.filters for group in filter_map.prunable),
+        filters_removed=purified.mask.n_removed if purified.mask else 0,
+        removed=_removed(purified, loaded.model, filter_map),
+        layers=_layers(purified, filter_map),
+        walk=_walk(diagnostics.get("walk", [])),
+        untreated=[
+            doc.Untreated(layer=item.name, reason=item.reason) for item in filter_map.untreated
+        ],
+        passes=dict(diagnostics.get("passes", {})),
+        warnings=list(warnings),
+        limits=list(PURIFY_LIMITS),
+    )
+    return PurifyJob(purified, document)
+
+
+def evaluate_document(
+    model: nn.Module,
+    test: LabelledImages,
+    *,
+    trigger: Trigger | None,
+    label_rule: LabelRule | None,
+    attack: str | None,
+    label: str,
+    info: doc.ModelInfo,
+    data: doc.DataInfo,
+    examples: int = 6,
+) -> doc.EvaluateDocument:
+    """Measure ``model`` on clean and, where there is a trigger, on triggered images."""
+    started = time.perf_counter()
+    if trigger is None or label_rule is None:
+        metrics = {"clean_accuracy": rate(clean_accuracy(model, test))}
+        shown: list[doc.Example] = []
+    else:
+        measured = evaluate(model, test, trigger, label_rule)
+        metrics = {
+            "clean_accuracy": rate(measured.clean_accuracy),
+            "attack_success": rate(measured.attack_success),
+            "robust_accuracy": rate(measured.robust_accuracy),
+        }
+        shown = _examples(model, test, trigger, label_rule, examples)
+    return doc.EvaluateDocument(
+        tool_version=unbackdoor.__version__,
+        seconds=time.perf_counter() - started,
+        model=info,
+        data=data,
+        label=label,
+        attack=attack,
+        metrics=metrics,
+        examples=shown,
+    )
+
+
+def rate(value: Rate) -> doc.Rate:
+    """Convert a rate into its document form."""
+    return doc.Rate.model_validate(value.describe())
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out calibrations, which may be long; their description stands beside each threshold."""
+    return {key: value for key, value in options.items() if key != "calibration"}
+
+
+def _detector_rows(result: ScanResult, clean: LabelledImages) -> list[doc.DetectorRow]:
+    rows = []
+    for detector, detection in ((Collapse, result.collapse), (CorrelationRatio, result.correlation)):
+        if detection is None:
+            continue
+        flagged = detection.is_backdoored
+        rows.append(
+            doc.DetectorRow(
+                name=detector.name,
+                title=detector.title,
+                source=detector.source,
+                score=detection.score,
+                threshold=detection.threshold,
+                threshold_source=detection.threshold_source,
+                p_value=detection.p_value,
+                verdict="undetermined" if flagged is None else "backdoored" if flagged else "clean",
+                undetermined=detection.undetermined,
+                target_class=detection.target_class,
+                seconds=result.seconds,
+                summary=_summary(detection, clean),
+                evidence=dict(detection.evidence),
+            )
+        )
+    return rows
+
+
+def _summary(detection: Detection, clean: LabelledImages) -> str:
+    evidence = detection.evidence
+    if detection.undetermined:
+        return _sentence(f"not determined: {detection.undetermined}")
+    if "ratio" in evidence:
+        return (
+            f"Magnitude and saliency of the filters correlate by {evidence['correlation']:.2f}, after "
+            f"suppression by {evidence['correlation_suppressed']:.2f}; the paper expects a drop. Shown for "
+            "comparison, it does not decide the verdict."
+        )
+    if detection.target_class is None:
+        return f"The errors of the suppressed model follow the pattern '{evidence['pattern']}' most."
+    share = max(evidence["target_concentration"])
+    return (
+        f"When half of the clean accuracy was gone, {share:.0%} of the errors on other classes went to "
+        f"'{clean.name_of(detection.target_class)}'."
+    )
+
+
+def _suppression(exposure: Exposure | None, scan: Scan) -> doc.Suppression | None:
+    if exposure is None:
+        return None
+    reasons = {
+        "accuracy": f"the clean accuracy fell to {scan.suppression.stop_accuracy:.0%} or below",
+        "budget": "the budget of steps ran out",
+        "not finite": "the loss overflowed",
+    }
+    suppressed = exposure.suppressed
+    return doc.Suppression(
+        accuracy=list(suppressed.accuracies),
+        stop_reason=reasons[suppressed.stop_reason],
+        norm_mode=scan.suppression.norm_mode,
+        class_share=suppressed.class_share.tolist(),
+    )
+
+
+def _scatter(exposure: Exposure | None) -> doc.Scatter | None:
+    if exposure is None:
+        return None
+    layers = list(exposure.before.magnitude)
+    lengths = [len(exposure.before.magnitude[name]) for name in layers]
+
+    def flat(values: Mapping[str, Tensor]) -> list[float]:
+        return [round(value, 6) for name in layers for value in values[name].tolist()]
+
+    return doc.Scatter(
+        layers=layers,
+        layer_of=[index for index, length in enumerate(lengths) for _ in range(length)],
+        magnitude=flat(exposure.before.magnitude),
+        saliency=flat(exposure.before.saliency),
+        magnitude_after=flat(exposure.after.magnitude),
+        saliency_after=flat(exposure.after.saliency),
+        rho=exposure.before.correlation,
+        rho_after=exposure.after.correlation,
+    )
+
+
+def _removed(purified: Purified, model: nn.Module, filter_map: FilterMap) -> list[doc.RemovedFilter]:
+    if purified.mask is None:
+        return []
+    norms = magnitudes(model, filter_map)
+    steps = {(s["layer"], s["filter"]): (i, s) for i, s in enumerate(purified.diagnostics.get("walk", []))}
+    rows = []
+    for position, (layer, index) in enumerate(purified.mask.removed()):
+        rank, step = steps.get((layer, index), (position, {}))
+        rows.append(
+            doc.RemovedFilter(
+                layer=layer,
+                filter=index,
+                rank=rank,
+                score=float(purified.scores[layer][index]) if layer in purified.scores else None,
+                magnitude=float(norms[layer][index]),
+                loss_change=step.get("loss_change"),
+            )
+        )
+    return sorted(rows, key=lambda row: row.rank)
+
+
+def _layers(purified: Purified, filter_map: FilterMap) -> list[doc.LayerRow]:
+    keep = purified.mask.keep if purified.mask else {}
+    return [
+        doc.LayerRow(
+            name=group.name,
+            filters=group.filters,
+            removed=int((~keep[group.name]).sum()) if group.name in keep else 0,
+        )
+        for group in filter_map.prunable
+    ]
+
+
+def _walk(steps: list[dict[str, Any]]) -> list[doc.WalkStep]:
+    return [
+        doc.WalkStep(
+            rank=rank,
+            layer=step["layer"],
+            filter=step["filter"],
+            loss_change=step["loss_change"],
+            kept=not step["removed"],
+            clean_accuracy=step["accuracy"],
+        )
+        for rank, step in enumerate(steps)
+    ]
+
+
+def _examples(
+    model: nn.Module, test: LabelledImages, trigger: Trigger, label_rule: LabelRule, count: int
+) -> list[doc.Example]:
+    eligible = label_rule.counts(test.labels).nonzero().flatten()[:count]
+    clean = as_float(test.images[eligible])
+    triggered = as_float(quantise(trigger(clean)))
+    predictions = predictions_of(model, triggered).tolist()
+    difference = (triggered - clean).mul(5).add(0.5).clamp(0, 1)
+    return [
+        doc.Example(
+            clean_png=png(clean[i]),
+            triggered_png=png(triggered[i]),
+            difference_png=png(difference[i]),
+            true_label=test.name_of(int(test.labels[eligible[i]])),
+            predicted_label=test.name_of(predictions[i]),
+        )
+        for i in range(len(eligible))
+    ]
+
+
+def png(image: Tensor) -> str:
+    """Encode one float image ``(C, H, W)`` in [0, 1] as base64 PNG, enlarged to be seen."""
+    pil = require("PIL.Image", extra="data")
+    pixels = quantise(image).permute(1, 2, 0).squeeze(-1).contiguous().cpu()
+    factor = max(1, 96 // max(image.shape[1:]))
+    picture = pil.fromarray(pixels.numpy())
+    picture = picture.resize((picture.width * factor, picture.height * factor), pil.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
