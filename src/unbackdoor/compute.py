@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.types import LabelledImages, as_float
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -28,7 +29,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     On a CPU that holds with AMX or AVX512_BF16 only; elsewhere bf16 is emulated and slower.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     if device.type != "cpu":
         return False
     capabilities = torch.backends.cpu.get_cpu_capability()
@@ -108,3 +109,41 @@ def accuracy_of(model: nn.Module, data: LabelledImages, *, batch_size: int = EVA
     """Return the fraction of ``data`` that ``model`` classifies correctly in eval mode."""
     predictions = predictions_of(model, data.images, batch_size=batch_size)
     return float((predictions == data.labels.cpu()).float().mean())
+
+
+def check_fits(model: nn.Module, data: LabelledImages, *, purpose: str, at_least: int = 1) -> int:
+    """Check, on one image, that ``model`` and ``data`` belong together; return the model's outputs K.
+
+    Args:
+        model: Network taking float images in [0, 1]; left untouched.
+        data: The images and labels that it is to be used on.
+        purpose: What for, for the message.
+        at_least: Smallest number of images.
+
+    Raises:
+        InvalidInputError: If there are fewer images, or a label has no output.
+        UnsupportedModelError: If the model cannot be run on such an image or returns no logits ``(N, K)``.
+    """
+    if len(data) < at_least:
+        raise InvalidInputError(f"{purpose} needs at least {at_least} image(s), got {len(data)}; give more.")
+    try:
+        with torch.no_grad(), mode(model, training=False), torch.random.fork_rng(devices=[]):
+            logits = model(as_float(data.images[:1].to(device_of(model))))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise UnsupportedModelError(
+            f"the model cannot be run on one image of shape {tuple(data.images.shape[1:])} "
+            f"({next(iter(str(error).splitlines()), type(error).__name__)}); check the architecture and the "
+            "images."
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UnsupportedModelError(
+            f"the model must return one tensor of logits (N, K), got {shape}; wrap it so that it does."
+        )
+    largest = int(data.labels.max()) if len(data) else 0
+    if largest >= logits.shape[1]:
+        raise InvalidInputError(
+            f"the labels go up to {largest}, but the model has {logits.shape[1]} outputs, so they must be "
+            f"below {logits.shape[1]}; give the data that the model was trained for."
+        )
+    return int(logits.shape[1])

@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unbackdoor.compute import EVALUATION_BATCH, predictions_of
-from unbackdoor.errors import InvalidInputError
+from unbackdoor.compute import EVALUATION_BATCH, check_fits, predictions_of
 from unbackdoor.rates import Rate
 from unbackdoor.types import LabelledImages, LabelRule, Trigger, as_float, quantise
 
@@ -38,7 +37,12 @@ class BackdoorMetrics:
 def clean_accuracy(
     model: nn.Module, test: LabelledImages, *, batch_size: int = EVALUATION_BATCH
 ) -> Rate:
-    """Return the accuracy of ``model``, in eval mode and fp32, on ``test``."""
+    """Return the accuracy of ``model``, in eval mode and fp32, on ``test``.
+
+    Raises:
+        InvalidInputError: If ``test`` is empty, or a label has no output of the model.
+    """
+    check_fits(model, test, purpose="an evaluation")
     return Rate.of(predictions_of(model, test.images, batch_size=batch_size) == test.labels.cpu())
 
 
@@ -62,10 +66,9 @@ def evaluate(
         eight_bit: Round triggered images to 8-bit levels, as a real input would be.
 
     Raises:
-        InvalidInputError: If ``test`` is empty.
+        InvalidInputError: If ``test`` is empty, or a label has no output of the model.
     """
-    if not len(test):
-        raise InvalidInputError("cannot evaluate on an empty test set; give at least one image.")
+    check_fits(model, test, purpose="an evaluation")
     labels = test.labels.cpu()
     counted = label_rule.counts(labels)
     wanted = label_rule(labels)[counted]

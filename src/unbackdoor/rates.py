@@ -42,7 +42,8 @@ class Rate:
         p, z2 = self.value, Z_95**2
         centre = (p + z2 / (2 * self.n)) / (1 + z2 / self.n)
         half = Z_95 / (1 + z2 / self.n) * math.sqrt(p * (1 - p) / self.n + z2 / (4 * self.n**2))
-        return (max(0.0, centre - half), min(1.0, centre + half))
+        # Rounding must not put the fraction itself outside.
+        return (min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))
 
     def describe(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor import rng
-from unbackdoor.compute import Precision, autocast, device_of, logits_of, memory_format_for, mode
+from unbackdoor.compute import Precision, autocast, check_fits, device_of, logits_of, memory_format_for, mode
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.train import Batch, batches
 from unbackdoor.types import LabelledImages, Progress, silent
@@ -138,10 +138,9 @@ def suppress(
         progress: Called at each check.
 
     Raises:
-        InvalidInputError: If ``clean`` holds fewer than two images.
+        InvalidInputError: If ``clean`` holds fewer than two images, or a label has no output of the model.
     """
-    if len(clean) < 2:
-        raise InvalidInputError(f"clean suppression needs at least 2 clean images, got {len(clean)}.")
+    check_fits(model, clean, purpose="clean suppression", at_least=2)
     copied = copy.deepcopy(model).to(memory_format=memory_format_for(model))
     copied.requires_grad_(True)
     device = device_of(model)
@@ -153,9 +152,12 @@ def suppress(
 
 def confusion_of(model: nn.Module, data: LabelledImages) -> Tensor:
     """Return counts ``(K, K)``, rows true class and columns prediction, int64 on the CPU."""
-    logits = logits_of(model, data.images).cpu()
+    return _confusion(logits_of(model, data.images), data.labels)
+
+
+def _confusion(logits: Tensor, labels: Tensor) -> Tensor:
     classes = logits.shape[1]
-    flat = data.labels.cpu() * classes + logits.argmax(1)
+    flat = labels.cpu() * classes + logits.argmax(1).cpu()
     return torch.bincount(flat, minlength=classes**2).view(classes, classes)
 
 
@@ -184,28 +186,35 @@ class _Run:
         per_epoch = max(1, math.ceil(len(self.clean) / options.batch_size))
         budget = options.budget * (per_epoch if options.unit == "epoch" else 1)
         every = max(1, per_epoch // options.checks_per_epoch)
-        checks = [self._check(0)]
+        checks = [Check(0, confusion_of(self.model, self.clean))]
         saved = copy.deepcopy(self.model.state_dict())
         reason: Literal["accuracy", "budget", "not finite"] = "budget"
         while (done := checks[-1].step) < budget and reason == "budget":
             count = min(every, budget - done)
-            if not self._ascend(count):
+            check = self._check(done + count) if self._ascend(count) else None
+            if check is None:
                 self.model.load_state_dict(saved)
                 reason = "not finite"
                 break
             saved = copy.deepcopy(self.model.state_dict())
-            checks.append(self._check(done + count))
+            checks.append(check)
             progress("clean suppression", done + count, budget)
-            if checks[-1].accuracy <= options.stop_accuracy:
+            if options.stop_accuracy > 0 and checks[-1].accuracy <= options.stop_accuracy:
                 reason = "accuracy"
         progress("clean suppression", budget, budget)
         return Suppressed(self.model.eval(), tuple(checks), reason)
 
-    def _check(self, step: int) -> Check:
-        return Check(step, confusion_of(self.model, self.clean))
+    def _check(self, step: int) -> Check | None:
+        """Return what the copy does now, or None if its tensors or logits are not finite."""
+        # Weights can be finite, yet so large that the norms' statistics or the logits overflow.
+        logits = logits_of(self.model, self.clean.images)
+        tensors = (logits, *self.model.parameters(), *self.model.buffers())
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            return None
+        return Check(step, _confusion(logits, self.clean.labels))
 
     def _ascend(self, count: int) -> bool:
-        """Take ``count`` ascent steps; return whether losses and weights stayed finite."""
+        """Take ``count`` ascent steps; return whether the losses stayed finite."""
         options = self.options
         taken = 0
         with mode(self.model, training=options.norm_mode == "train"), rng.isolated(self.generator):
@@ -224,7 +233,7 @@ class _Run:
                         break
                 if not math.isfinite(float(loss.detach())):
                     return False
-        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+        return True
 
     def _batches(self) -> Iterator[Batch]:
         augment = self.options.augment

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor import rng
-from unbackdoor.compute import Precision, autocast, device_of, memory_format_for, mode, uses_bf16
+from unbackdoor.compute import Precision, autocast, check_fits, device_of, memory_format_for, mode, uses_bf16
 from unbackdoor.data.augment import random_crop, random_flip
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.types import LabelledImages, Progress, as_float, silent
@@ -31,7 +31,7 @@ class Recipe:
 
     Args:
         epochs: Passes over the data.
-        batch_size: Images a step.
+        batch_size: Images a step, at least 2: batch norm cannot train on one.
         learning_rate: Peak rate of SGD.
         momentum: Momentum of SGD.
         weight_decay: L2 coefficient of SGD, on all parameters.
@@ -55,10 +55,10 @@ class Recipe:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or self.learning_rate <= 0:
+        if self.epochs < 1 or self.batch_size < 2 or not self.learning_rate > 0:
             raise InvalidInputError(
-                f"epochs, batch size and learning rate must be positive, got {self.epochs}, "
-                f"{self.batch_size} and {self.learning_rate}."
+                "epochs and learning rate must be positive and the batch size at least 2, got "
+                f"{self.epochs}, {self.learning_rate} and {self.batch_size}."
             )
 
     @staticmethod
@@ -163,11 +163,10 @@ def train(
         Mean loss of each epoch, seconds, precision.
 
     Raises:
-        InvalidInputError: If ``data`` is empty.
+        InvalidInputError: If ``data`` is empty, or a label has no output of the model.
         UnsupportedModelError: If the loss stops being finite.
     """
-    if not len(data):
-        raise InvalidInputError("cannot train on an empty data set; give at least one image.")
+    check_fits(model, data, purpose="training")
     device = device_of(model)
     data = data.to(device)
     model.to(memory_format=memory_format_for(model))

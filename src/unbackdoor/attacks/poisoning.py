@@ -99,7 +99,8 @@ class StampAfterAugmentation:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the inner loss on the stamped batch; labels are the poisoned ones already."""
-        chosen = self.poisoned[batch.indices].view(-1, 1, 1, 1)
+        poisoned = self.poisoned.to(batch.indices.device)
+        chosen = poisoned[batch.indices].view(-1, 1, 1, 1)
         images = torch.where(chosen, self.trigger(batch.images), batch.images)
         return self.inner(model, Batch(images, batch.labels, batch.indices))
 

@@ -73,7 +73,7 @@ def open_model(options: ModelOptions) -> LoadedModel:
         mean=mean,
         std=std,
     )
-    loaded.model.to(_device(options.device))
+    loaded.model.to(device_named(options.device))
     return loaded
 
 
@@ -186,7 +186,12 @@ def _numbers(text: str | None, option: str) -> list[float] | None:
         ) from error
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` takes CUDA where there is some.
+
+    Raises:
+        InvalidInputError: If it is not available.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -45,5 +45,5 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 ReportPath = Annotated[Optional[Path], typer.Option(help="Also write a self-contained HTML report.")]
 Settings = Annotated[
     Optional[list[str]],
-    typer.Option("--set", help="Set an option of the method, such as suppression.epochs=10; repeatable."),
+    typer.Option("--set", help="Set an option of the method, such as suppression.budget=100; repeatable."),
 ]

@@ -1,4 +1,4 @@
-"""Set the options of a method from text: ``suppression.epochs=10`` reaches into nested dataclasses."""
+"""Set the options of a method from text: ``suppression.budget=100`` reaches into nested dataclasses."""
 
 from __future__ import annotations
 

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from unbackdoor import rng
 from unbackdoor.attacks import BadNets, Blend
 from unbackdoor.bench.artefact import read_card, save_clean, save_infected
-from unbackdoor.cli.inputs import DataOptions, read_data
+from unbackdoor.cli.inputs import DataOptions, device_named, read_data
 from unbackdoor.cli.settings import configure
 from unbackdoor.data.splits import draw_balanced
 from unbackdoor.errors import InvalidInputError
@@ -109,7 +108,9 @@ def _prepare(job: Job) -> dict[str, Any] | None:
     description = json.dumps(job.describe(), sort_keys=True)
     if job.out.exists() and not job.out.is_dir():
         raise InvalidInputError(f"{job.out} is a file; give a folder with --out.")
-    if marker.exists() and marker.read_text() != description:
+    # A job that was refused before its first epoch left nothing worth keeping.
+    begun = (job.out / "card.json").exists() or (job.out / "training.safetensors").exists()
+    if begun and marker.exists() and marker.read_text() != description:
         raise InvalidInputError(
             f"{job.out} holds a model trained with other options; choose another folder, or delete it."
         )
@@ -147,5 +148,4 @@ def _network(job: Job, data: LabelledImages) -> nn.Module:
         if len(mean) not in (1, channels):
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
         network = NormalisedModel(network, mean, std)
-    use_cuda = job.device == "cuda" or (job.device == "auto" and torch.cuda.is_available())
-    return network.to("cuda" if use_cuda else "cpu")
+    return network.to(device_named(job.device))

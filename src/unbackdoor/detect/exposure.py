@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor import rng
+from unbackdoor.compute import check_fits
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.magnitude import layer_normalised, magnitudes
 from unbackdoor.filters.saliency import spearman, taylor_saliency
@@ -86,9 +87,10 @@ def expose(
     """Suppress the clean task in a copy of ``model`` and measure both.
 
     Raises:
-        InvalidInputError: If there are fewer than two images.
+        InvalidInputError: If there are fewer than two images, or a label has no output of the model.
         UnsupportedModelError: If the network's filters cannot be found.
     """
+    check_fits(model, clean, purpose="a detector", at_least=2)
     filter_map = find_filters(model, as_float(clean.images[:1]))
     before = deviation_of(model, clean, filter_map, statistic)
     suppressed = suppress(model, clean, options, generator=rng.spawn(generator), progress=progress)

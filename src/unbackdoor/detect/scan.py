@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from unbackdoor.compute import check_fits
 from unbackdoor.detect.calibration import CalibrationSet, shipped_calibration
 from unbackdoor.detect.collapse import Collapse
 from unbackdoor.detect.exposure import Exposure, Statistic, expose
@@ -103,11 +104,14 @@ class Scan:
             progress: Called during suppression.
 
         Raises:
-            InvalidInputError: If ``clean`` is empty.
+            InvalidInputError: If there are fewer than two images, a label has no output of
+                the model, or the calibration has too few models for ``alpha``.
             UnsupportedModelError: If the network's filters cannot be found.
         """
-        if len(clean) < 2:
-            raise InvalidInputError(f"a scan needs at least 2 clean images, got {len(clean)}.")
+        check_fits(model, clean, purpose="a scan", at_least=2)
+        for detector in self._detectors()[:2]:
+            if detector.calibration is not None:
+                detector.calibration.threshold(self.alpha)  # fail on too few models before the work
         started = time.perf_counter()
         plausibility = check_plausible(model, clean)
         if plausibility.problem:
@@ -136,6 +140,10 @@ class Scan:
 
     def judge(self, exposure: Exposure) -> tuple[Detection, Detection, tuple[str, ...]]:
         """Return the opinions of both detectors on one exposure, and what weakens them."""
+        collapse, ratio, warnings = self._detectors()
+        return collapse.judge(exposure.suppressed), ratio.judge(exposure), warnings
+
+    def _detectors(self) -> tuple[Collapse, CorrelationRatio, tuple[str, ...]]:
         calibration = self.calibration or shipped_calibration()
         warnings: tuple[str, ...] = ()
         detectors = calibration.detectors
@@ -149,7 +157,7 @@ class Scan:
         ratio = CorrelationRatio(
             self.suppression, self.statistic, calibration=detectors.get("mnp"), alpha=self.alpha
         )
-        return collapse.judge(exposure.suppressed), ratio.judge(exposure), warnings
+        return collapse, ratio, warnings
 
     def _verdict(self, collapse: Detection, clean: LabelledImages, classes: int) -> tuple[Verdict, str]:
         if collapse.undetermined:

@@ -9,12 +9,13 @@ unusual module layouts make no difference. What cannot be treated is listed with
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,7 +61,8 @@ class FilterGroup:
         bias: Name of the bias, ``(filters,)``, or None.
         filters: Number of output channels.
         norms: The norms that read this layer's output, channel by channel.
-        is_head: Its output is the model's: a filter is a class, and is never removed.
+        is_head: Its output is the model's, or is added to that of other heads: a filter is a class, and is
+            never removed.
     """
 
     name: str
@@ -94,7 +96,7 @@ class FilterMap:
 
     @property
     def head(self) -> FilterGroup | None:
-        """The layer whose outputs are the logits, or None if it was not found."""
+        """The layer whose outputs are the logits (the first of several that are summed), or None."""
         return next((group for group in self.groups if group.is_head), None)
 
     def group(self, name: str) -> FilterGroup:
@@ -124,7 +126,8 @@ def find_filters(model: nn.Module, example: Tensor) -> FilterMap:
     """
     # Leaf copies that require gradients keep torch from replacing attention by one fused, opaque kernel.
     parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
-    buffers = dict(model.named_buffers())
+    # Copies too: some networks count or keep statistics in their buffers, even in eval mode.
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     tracer = _Tracer(names={id(t): name for name, t in {**buffers, **parameters}.items()})
     with mode(model, training=False), torch.enable_grad(), rng.isolated(rng.generator(0)), tracer:
         try:
@@ -191,10 +194,15 @@ _ZERO_KEEPING = {
 _ELEMENTWISE = {
     "sigmoid", "hardsigmoid", "softplus", "_log_softmax", "_softmax", "log_softmax", "softmax", "exp", "log",
 }  # fmt: skip
+_SUMS = {"add", "add_", "sub", "sub_"}
+_CLASSWISE = _SUMS | {"mul", "mul_", "div", "div_", "_log_softmax", "_softmax", "clone", "_to_copy"}
 _VIEWS = {"view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "flatten"}
 _BATCH_NORMS = {
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "batch_norm",
     "_batch_norm_with_update", "_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm",
+}  # fmt: skip
+_LAYERS_AND_NORMS = _BATCH_NORMS | {
+    "convolution", "addmm", "mm", "linear", "bmm", "native_layer_norm", "native_group_norm",
 }  # fmt: skip
 
 
@@ -207,6 +215,7 @@ class _Tracer(TorchDispatchMode):
         self.computed: dict[int, str] = {}
         self.transposed: set[int] = set()
         self.origins: dict[int, _Origin] = {}
+        self.sums: dict[int, frozenset[str]] = {}
         self.layers: dict[str, _Layer] = {}
         self.norms: list[_NormCall] = []
         self.uses: dict[str, set[str]] = {}
@@ -214,18 +223,22 @@ class _Tracer(TorchDispatchMode):
         self.alive: list[Any] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         self.alive.append((args, result))
         op = func.overloadpacket.__name__
-        inputs = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
+        inputs = _tensors((*args, *(kwargs or {}).values()))
         for tensor in inputs:
             if name := self.names.get(id(tensor)) or self.computed.get(id(tensor)):
                 self.uses.setdefault(name, set()).add(op)
-        output = result[0] if isinstance(result, (tuple, list)) and result else result
-        if isinstance(output, Tensor):
-            self._record(op, args, inputs, output)
+        outputs = _tensors((result,))
+        if outputs and not self._is_weight_view(op, inputs, outputs):
+            self._record(op, args, inputs, outputs[0])
         return result
 
     def _record(self, op: str, args: tuple[Any, ...], inputs: list[Tensor], output: Tensor) -> None:
@@ -238,33 +251,37 @@ class _Tracer(TorchDispatchMode):
         elif op in ("addmm", "mm", "linear", "bmm") and self._linear(op, args, output):
             pass
         elif op in _BATCH_NORMS:
-            self._norm("batch", args[0], args[1:5], _float_after(args, 5), axis=1)
+            # A norm that uses the batch's statistics even in eval mode has no running ones to speak of.
+            own = op == "_batch_norm_with_update" or args[5:6] == (True,)
+            statistics = (None, None) if own else args[3:5]
+            self._norm("batch", args[0], (*args[1:3], *statistics), _float_after(args, 5), axis=1)
         elif op == "native_layer_norm":
             problem = "" if len(args[1]) == 1 else "a layer norm over several axes follows it"
             last = args[0].ndim - 1
             self._norm("layer", args[0], (args[2], args[3], None, None), args[4], axis=last, problem=problem)
         elif op == "native_group_norm":
             self._norm("group", args[0], (args[1], args[2], None, None), args[7], axis=1)
-        elif self._is_weight_view(op, inputs, output):
-            pass
         else:
             self._follow(op, args, inputs, output)
 
-    def _is_weight_view(self, op: str, inputs: list[Tensor], output: Tensor) -> bool:
-        if len(inputs) == 0:
+    def _is_weight_view(self, op: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+        if len(inputs) == 0 or op in _LAYERS_AND_NORMS:
             return False
         sources = [self.names.get(id(t)) or self.computed.get(id(t)) for t in inputs]
         if not all(sources):
             return False
         source = str(sources[0])
         plain = len(inputs) == 1 and id(inputs[0]) in self.names and op in _SKIP_WEIGHT_OPS
-        if plain:
-            self.names[id(output)] = source
-            flipped = op in ("t", "transpose", "permute")
-            if flipped != (id(inputs[0]) in self.transposed):
-                self.transposed.add(id(output))
-        else:
-            self.computed[id(output)] = source
+        for output in outputs:
+            if plain:
+                self.names[id(output)] = source
+                flipped = op in ("t", "transpose", "permute")
+                if flipped != (id(inputs[0]) in self.transposed):
+                    self.transposed.add(id(output))
+            else:
+                # In place on a copy of a weight: it is no longer the stored one.
+                self.names.pop(id(output), None)
+                self.computed[id(output)] = source
         return True
 
     def _linear(self, op: str, args: tuple[Any, ...], output: Tensor) -> bool:
@@ -309,7 +326,14 @@ class _Tracer(TorchDispatchMode):
         self.origins[id(output)] = _Origin(key, axis, is_output=True, keeps_zero=True)
 
     def _norm(
-        self, kind: NormKind, source: Tensor, tensors: Any, eps: float, *, axis: int, problem: str = ""
+        self,
+        kind: NormKind,
+        source: Tensor,
+        tensors: Sequence[Tensor | None],
+        eps: float,
+        *,
+        axis: int,
+        problem: str = "",
     ) -> None:
         names = tuple(None if t is None else self.names.get(id(t)) for t in tensors)
         if any(t is not None and n is None for t, n in zip(tensors, names, strict=True)):
@@ -322,11 +346,20 @@ class _Tracer(TorchDispatchMode):
         if origin is not None:
             self.layers[origin.layer].norms.append(call)
 
+    def summands(self, tensor: Tensor) -> frozenset[str]:
+        """Return the layers whose outputs, channel by channel, add up to ``tensor``; empty if unknown."""
+        origin = self.origins.get(id(tensor))
+        return self.sums.get(id(tensor), frozenset()) if origin is None else frozenset({origin.layer})
+
     def _follow(self, op: str, args: tuple[Any, ...], inputs: list[Tensor], output: Tensor) -> None:
         sources = [t for t in inputs if id(t) not in self.names and id(t) not in self.computed]
         origins = {self.origins.get(id(t)) for t in sources}
+        layers = [self.summands(t) for t in sources]
         # An in-place operation returns its input: what was known of that tensor no longer holds.
         self.origins.pop(id(output), None)
+        self.sums.pop(id(output), None)
+        if all(layers) and (op in _SUMS or (len(layers) == 1 and op in _CLASSWISE)) and output.ndim == 2:
+            self.sums[id(output)] = frozenset().union(*layers)
         origin = origins.pop() if len(origins) == 1 else None
         if origin is None:
             return
@@ -335,6 +368,11 @@ class _Tracer(TorchDispatchMode):
             return
         keeps_zero = origin.keeps_zero and (op not in _ELEMENTWISE)
         self.origins[id(output)] = _Origin(origin.layer, axis, is_output=False, keeps_zero=keeps_zero)
+
+
+def _tensors(values: tuple[Any, ...]) -> list[Tensor]:
+    flat = [v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))]
+    return [value for value in flat if isinstance(value, Tensor)]
 
 
 def _float_after(args: tuple[Any, ...], start: int) -> float:
@@ -372,13 +410,13 @@ def _axis_by_layout(source: Tensor, output: Tensor, axis: int) -> int | None:
 
 
 def _assemble(tracer: _Tracer, parameters: Mapping[str, Tensor], output: Tensor) -> FilterMap:
-    head = tracer.origins.get(id(output))
+    heads = tracer.summands(output)
     feeders: dict[tuple[str | None, ...], set[str | None]] = {}
     for call in tracer.norms:
         feeders.setdefault(call.key, set()).add(call.origin.layer if call.origin else None)
     groups, untreated = [], []
     for name, layer in tracer.layers.items():
-        reason = layer.problem or _norm_problem(layer, feeders)
+        reason = layer.problem or _tensor_problem(layer, parameters) or _norm_problem(layer, feeders)
         if reason:
             untreated.append(Untreated(name, reason))
             continue
@@ -390,14 +428,25 @@ def _assemble(tracer: _Tracer, parameters: Mapping[str, Tensor], output: Tensor)
                 bias=layer.bias,
                 filters=layer.filters,
                 norms=tuple(dict.fromkeys(_norm_of(call, layer) for call in layer.norms)),
-                is_head=head is not None and head.layer == name,
+                is_head=name in heads,
             )
         )
     if not tracer.layers:
         raise UnsupportedModelError("the model runs through no convolution or linear layer.")
-    if head is None:
-        untreated.append(Untreated("<output>", "no single layer yields the logits, so none is kept as head"))
+    if not heads:
+        untreated.append(
+            Untreated("<output>", "no layer yields the logits directly, so none is kept as head")
+        )
     return FilterMap(tuple(groups), (*untreated, *_leftovers(tracer, parameters)))
+
+
+def _tensor_problem(layer: _Layer, parameters: Mapping[str, Tensor]) -> str:
+    for name in (layer.weight, layer.bias):
+        if name is not None and name not in parameters:
+            return f"{name} is a buffer, no parameter"
+        if name is not None and len(parameters[name]) != layer.filters:
+            return f"{name} does not have one row for each of its {layer.filters} outputs"
+    return ""
 
 
 def _norm_problem(layer: _Layer, feeders: Mapping[tuple[str | None, ...], set[str | None]]) -> str:
@@ -425,12 +474,12 @@ def _norm_of(call: _NormCall, layer: _Layer) -> Norm:
 
 
 def _leftovers(tracer: _Tracer, parameters: Mapping[str, Tensor]) -> list[Untreated]:
-    """List parameters of two and more axes outside all layers."""
-    known = {layer.weight for layer in tracer.layers.values()}
+    """List the parameters outside all layers and norms."""
+    known = {name for layer in tracer.layers.values() for name in (layer.weight, layer.bias)}
     known |= {name for call in tracer.norms for name in call.names if name}
     left = []
-    for name, parameter in parameters.items():
-        if name in known or parameter.ndim < 2:
+    for name in parameters:
+        if name in known:
             continue
         ops = tracer.uses.get(name, set())
         reason = f"used by {', '.join(sorted(ops))}: no output channels" if ops else "not used in the pass"

@@ -33,10 +33,11 @@ def magnitudes(
 
 
 def _norm_of(group: FilterGroup, tensors: Mapping[str, Tensor], p: float, folded: bool) -> Tensor:
-    norm = tensors[group.weight].detach().float().flatten(1).norm(p=p, dim=1)
+    norm: Tensor = tensors[group.weight].detach().float().flatten(1).norm(p=p, dim=1)
     following = group.norms[0] if group.norms else None
     if folded and following is not None and following.foldable:
-        assert following.weight and following.running_var
+        assert following.weight
+        assert following.running_var
         sigma = (tensors[following.running_var] + following.eps).sqrt()
         norm = norm * tensors[following.weight].detach().abs() / sigma
     return norm

@@ -178,7 +178,10 @@ def masked_tensors(
             weight = tensors[group.weight]
             replaced[group.weight] = weight * mask.view(-1, *[1] * (weight.ndim - 1))
             continue
-        assert norm.weight and norm.bias and norm.running_mean and norm.running_var
+        assert norm.weight
+        assert norm.bias
+        assert norm.running_mean
+        assert norm.running_var
         bias = tensors[group.bias] if group.bias else 0.0
         scale = tensors[norm.weight] / (tensors[norm.running_var] + norm.eps).sqrt()
         # scale (m z + b - mean) + shift with z = W x, written with z + b as the norm's input.

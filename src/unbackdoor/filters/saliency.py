@@ -59,7 +59,7 @@ def taylor_saliency(
                     reduction="sum",
                 )
                 for total, gradient in zip(totals, torch.autograd.grad(loss, weights), strict=True):
-                    total += gradient
+                    total.add_(gradient)
     finally:
         for weight, was_required in zip(weights, required, strict=True):
             weight.requires_grad_(was_required)
@@ -119,4 +119,5 @@ def spearman(a: Tensor, b: Tensor) -> float:
 def _average_ranks(values: Tensor) -> Tensor:
     _, inverse, counts = torch.unique(values.double(), sorted=True, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[inverse]
+    ranks: Tensor = (last - (counts.double() - 1) / 2)[inverse]
+    return ranks

@@ -56,9 +56,9 @@ class Guard:
     """
 
     candidates: float = 0.05
-    per_filter: float = 0.02
-    total: float = 0.1
-    accuracy: float = 0.02
+    per_filter: float = 0.01
+    total: float = 0.025
+    accuracy: float = 0.01
 
     def __post_init__(self) -> None:
         if not 0 < self.candidates <= 1:

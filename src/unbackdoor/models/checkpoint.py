@@ -316,14 +316,15 @@ def _format_of(copy: Path, path: Path, size: int) -> Literal["safetensors", "tor
         head = file.read(512)
     if head.startswith(b"PK\x03\x04"):
         return "torch-zip"
+    # A header's length may begin with the bytes of any signature below: one in 32 begins like a pickle.
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and length <= min(MAX_HEADER_BYTES, size - 8):
+        return "safetensors"
     fact = "it is empty" if not head else "it is neither a safetensors file nor a PyTorch archive"
     for offset, signature, name in _SIGNATURES:
         if head[offset : offset + len(signature)] == signature:
             raise refusal(str(path), f"this is {name}")
-    if len(head) > 8 and head[8:9] == b"{":
-        length = int.from_bytes(head[:8], "little")
-        if length <= min(MAX_HEADER_BYTES, size - 8):
-            return "safetensors"
+    if head[8:9] == b"{":
         fact = f"its header claims {length} bytes, of a file of {size} bytes"
     elif head[:1] in _PLAIN_PICKLE_STARTS and b"\n" in head:
         fact = "this may be a text pickle, which can run code when opened"

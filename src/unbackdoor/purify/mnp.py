@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor import rng
+from unbackdoor.compute import check_fits
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.magnitude import layer_normalised, magnitudes
@@ -50,7 +51,7 @@ class MNP:
         literal_line12: Clip M2 from M1 as Algorithm 1 line 12 prints; M2 is then 1 for ever.
         amount: How many filters go: ``guarded``, ``count``, ``fraction`` or ``threshold``.
         count: For ``count``; the paper's 30 is 0.6 % of a ResNet-18 of width 64.
-        fraction: For ``fraction``, of the prunable filters, in (0, 1).
+        fraction: For ``fraction``, of the prunable filters, in [0, 1].
         threshold: For ``threshold``: prune scores at or below it.
         guard: For ``guarded``.
         held_out_fraction: Share of the clean images kept from the learning and used by the guard alone,
@@ -88,6 +89,10 @@ class MNP:
             )
         if not 0 <= self.held_out_fraction < 1:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
+        if self.count < 0:
+            raise InvalidInputError(f"count must be at least 0, got {self.count}.")
+        if not 0 <= self.fraction <= 1:
+            raise InvalidInputError(f"fraction must lie in [0, 1], got {self.fraction}.")
 
     @staticmethod
     def paper(count: int = 30) -> MNP:
@@ -95,8 +100,8 @@ class MNP:
 
         Section 5.1: mu 0.001, eta_1 0.01, 20 suppression epochs run blind, lambda 5e-4, eta_2 0.1, 30
         filters by M1 + M2, only the filter's weights set to zero. Where the paper is silent: batch 128,
-        momentum 0.9 (RNP's code), 20 mask epochs; norms in eval mode throughout, because in train mode the
-        objective of both masks does not depend on them.
+        momentum 0.9 (RNP's code), 20 mask epochs; norms in train mode while suppressing (RNP's code) and in
+        eval mode for the masks, because in train mode the objective of both does not depend on them.
         """
         return MNP(
             suppression=Suppression(budget=20, unit="epoch", stop_accuracy=0.0),
@@ -123,9 +128,10 @@ class MNP:
             progress: Called during each stage.
 
         Raises:
-            InvalidInputError: If there are too few images.
+            InvalidInputError: If there are too few images, or a label has no output of the model.
             UnsupportedModelError: If the network's filters cannot be found.
         """
+        check_fits(model, clean, purpose="purification", at_least=2)
         filter_map = find_filters(model, as_float(clean.images[:1]))
         learning, guarding = self._split(clean, generator)
         suppressed = self._suppress(model, learning, generator, progress)

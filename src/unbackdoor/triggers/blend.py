@@ -23,6 +23,13 @@ class BlendTrigger:
     key: Tensor
     alpha: float
 
+    def __post_init__(self) -> None:
+        if self.key.ndim != 3 or not isinstance(self.alpha, int | float) or not 0 < self.alpha <= 1:
+            raise InvalidInputError(
+                "a blend trigger needs a key (C, H, W) and a weight alpha in (0, 1], got a key of shape "
+                f"{tuple(self.key.shape)} and alpha {self.alpha!r}."
+            )
+
     def __call__(self, images: Tensor) -> Tensor:
         """Return the blend of ``images``, float32 ``(N, C, H, W)``, and the key.
 
@@ -31,8 +38,8 @@ class BlendTrigger:
         """
         if self.key.shape[-2:] != images.shape[-2:]:
             raise InvalidInputError(
-                f"the key image has size {tuple(self.key.shape[-2:])}, the images {tuple(images.shape[-2:])}; "
-                "use the trigger on images of the size it was made for."
+                f"the key image has size {tuple(self.key.shape[-2:])}, the images "
+                f"{tuple(images.shape[-2:])}; use the trigger on images of the size it was made for."
             )
         return (1 - self.alpha) * images + self.alpha * self.key.to(images)
 

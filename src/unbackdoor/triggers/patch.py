@@ -25,6 +25,13 @@ class PatchTrigger:
     row: int
     column: int
 
+    def __post_init__(self) -> None:
+        if self.pattern.ndim != 3 or not isinstance(self.row, int) or not isinstance(self.column, int):
+            raise InvalidInputError(
+                "a patch needs a pattern (C, h, w) and whole numbers as row and column, got a pattern of "
+                f"shape {tuple(self.pattern.shape)}, row {self.row!r} and column {self.column!r}."
+            )
+
     def __call__(self, images: Tensor) -> Tensor:
         """Return a copy of ``images``, float32 ``(N, C, H, W)``, with the pattern pasted in.
 

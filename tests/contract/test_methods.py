@@ -1,0 +1,105 @@
+"""Every method of the package keeps the contract that ``unbackdoor.testing`` states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from unbackdoor.attacks import BadNets, Blend
+from unbackdoor.detect import Collapse, CorrelationRatio, Scan
+from unbackdoor.detect.calibration import Calibration
+from unbackdoor.masks import MaskTraining
+from unbackdoor.purify import MNP
+from unbackdoor.suppression import Suppression
+from unbackdoor.testing import ATTACK_CHECKS, DETECTOR_CHECKS, PURIFIER_CHECKS
+from unbackdoor.train import Recipe
+from unbackdoor.types import Detection, LabelledImages, Progress, silent
+
+RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=0.02, crop_padding=1, schedule="one_cycle")
+SUPPRESSION = Suppression(budget=4, batch_size=16)
+MASKS = MaskTraining(epochs=2, batch_size=16)
+QUICK = MNP(suppression=SUPPRESSION, masks=MASKS)
+
+
+@dataclass(frozen=True)
+class ScanDetector:
+    """``Scan`` seen as a detector.
+
+    Args:
+        scan: Its options.
+    """
+
+    name: ClassVar[str] = "scan"
+    scan: Scan = field(default_factory=Scan)
+
+    def score(
+        self,
+        model: nn.Module,
+        clean: LabelledImages,
+        *,
+        generator: torch.Generator,
+        progress: Progress = silent,
+    ) -> Detection:
+        result = self.scan.run(model, clean, generator=generator, progress=progress)
+        if result.collapse is None:
+            return Detection(math.nan, 1.0, "no detector ran", undetermined=result.reason)
+        return result.collapse
+
+
+ATTACKS: dict[str, BadNets | Blend] = {
+    "badnets": BadNets(recipe=RECIPE, poison_fraction=0.2),
+    "badnets-all-to-all": BadNets(recipe=RECIPE, rule="all_to_all", pattern="white"),
+    "badnets-after": BadNets(recipe=RECIPE, trigger_stage="after_augmentation", margin=1),
+    "blend": Blend(recipe=RECIPE, poison_fraction=0.2),
+    "blend-all-to-all-after": Blend(recipe=RECIPE, rule="all_to_all", trigger_stage="after_augmentation"),
+}
+PURIFIERS = {
+    "default": QUICK,
+    "paper": replace(MNP.paper(count=5), suppression=replace(SUPPRESSION, stop_accuracy=0.0), masks=MASKS),
+    "no-suppression": replace(QUICK, stages=("penalise", "preserve"), score="sum"),
+    "no-penalty": replace(QUICK, stages=("suppress", "preserve")),
+    "no-preservation": replace(QUICK, stages=("suppress", "penalise"), score="rank_sum"),
+    "fraction": replace(QUICK, amount="fraction", fraction=0.1, score="rank_sum", norm_scaling="layer"),
+    "threshold": replace(QUICK, amount="threshold", threshold=0.9, norm_folded=True),
+    "norm-scale": replace(
+        QUICK,
+        masks=replace(MASKS, target="norm_scale", norm_mode="train"),
+        score="sum",
+        prune_mode="norm_scale",
+    ),
+    "held-out": replace(QUICK, held_out_fraction=0.3, literal_line12=True, score="sum"),
+}
+DETECTORS: dict[str, Collapse | CorrelationRatio | ScanDetector] = {
+    "collapse": Collapse(SUPPRESSION),
+    "collapse-calibrated": Collapse(
+        SUPPRESSION, calibration=Calibration((0.1, 0.2, 0.3), "three"), alpha=0.25
+    ),
+    "ratio": CorrelationRatio(SUPPRESSION),
+    "difference": CorrelationRatio(SUPPRESSION, comparison="difference"),
+    "scan": ScanDetector(Scan(suppression=SUPPRESSION)),
+}
+
+
+def pairs(methods: dict[str, Any], checks: dict[str, Callable[[Any], None]]) -> list[Any]:
+    return [pytest.param(m, c, id=f"{n}-{k}") for n, m in methods.items() for k, c in checks.items()]
+
+
+@pytest.mark.parametrize(("attack", "check"), pairs(ATTACKS, ATTACK_CHECKS))
+def test_attack(attack: BadNets | Blend, check: Callable[[Any], None]) -> None:
+    check(attack)
+
+
+@pytest.mark.parametrize(("purifier", "check"), pairs(PURIFIERS, PURIFIER_CHECKS))
+def test_purifier(purifier: MNP, check: Callable[[Any], None]) -> None:
+    check(purifier)
+
+
+@pytest.mark.parametrize(("detector", "check"), pairs(DETECTORS, DETECTOR_CHECKS))
+def test_detector(detector: Collapse | CorrelationRatio, check: Callable[[Any], None]) -> None:
+    check(detector)

@@ -1,0 +1,41 @@
+"""Guarantees that hold on average over draws."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from unbackdoor import rng
+from unbackdoor.detect.calibration import Calibration
+from unbackdoor.filters.saliency import spearman
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("models", "alpha"), [(19, 0.05), (20, 0.05), (39, 0.1), (9, 0.3)])
+def test_exchangeable_scores_are_flagged_at_most_alpha(models: int, alpha: float) -> None:
+    # Of 4000 independent trials with flagging probability <= alpha, more than alpha n + 4 sigma happen with
+    # probability < 1e-4 (normal tail 3.2e-5; the binomial's right tail at these n p is within a factor 2).
+    trials = 4000
+    scores = torch.randn(trials, models + 1, generator=rng.generator(models), dtype=torch.float64)
+    by_p = by_threshold = 0
+    for row in scores.tolist():
+        calibration = Calibration(tuple(row[1:]), "simulated")
+        by_p += calibration.p_value(row[0]) <= alpha
+        by_threshold += row[0] > calibration.threshold(alpha)
+    most = alpha * trials + 4 * math.sqrt(alpha * (1 - alpha) * trials)
+    assert by_p <= most
+    assert by_threshold <= most
+    assert by_threshold >= 0.5 * by_p  # the threshold is no empty promise
+
+
+@pytest.mark.statistical
+def test_spearman_of_independent_values_is_centred_with_the_textbook_spread() -> None:
+    # Under independence the mean of r is 0 and its variance 1 / (n - 1); 4 standard errors: p < 1e-4.
+    n, trials = 50, 2000
+    values = torch.randn(2, trials, n, generator=rng.generator(0))
+    found = torch.tensor([spearman(a, b) for a, b in zip(*values, strict=True)], dtype=torch.float64)
+    assert abs(float(found.mean())) < 4 / math.sqrt((n - 1) * trials)
+    # The variance of a sample variance of a near-normal variable is 2 sigma^4 / trials.
+    assert abs(float(found.var()) * (n - 1) - 1) < 4 * math.sqrt(2 / trials)

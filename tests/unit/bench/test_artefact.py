@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from unbackdoor import rng
+from unbackdoor.attacks import BadNets
+from unbackdoor.bench.artefact import label_rule_of, read_card, save_clean, save_infected
+from unbackdoor.errors import InvalidInputError
+from unbackdoor.models.checkpoint import read_tensors
+from unbackdoor.testing import planted_backdoor
+from unbackdoor.triggers import load_trigger
+from unbackdoor.types import Infected, PoisonPlan
+
+PLANTED = planted_backdoor(target_class=2)
+TEST = PLANTED.clean_data(40, rng.generator(0))
+
+
+def test_an_infected_model_can_be_rebuilt_from_its_folder(tmp_path: Path) -> None:
+    plan = PoisonPlan(torch.tensor([3, 5]), torch.tensor([2, 2]))
+    infected = Infected(PLANTED.model, PLANTED.trigger, plan, PLANTED.label_rule, {"training": {}})
+    card = save_infected(
+        tmp_path, infected, TEST, attack=BadNets(), seed=7, extra={"architecture": "planted"}
+    )
+    assert read_card(tmp_path) == card == json.loads((tmp_path / "card.json").read_text())
+    assert card["sha256"] == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    assert (card["seed"], card["poisoned_indices"], card["architecture"]) == (7, [3, 5], "planted")
+    assert card["metrics"]["attack_success"]["value"] == 1.0
+    assert card["options"]["poison_fraction"] == 0.1
+    assert label_rule_of(card) == PLANTED.label_rule
+    images = TEST.floats()
+    assert torch.equal(load_trigger(tmp_path / "trigger.safetensors")(images), PLANTED.trigger(images))
+    stored = read_tensors(tmp_path / "model.safetensors")
+    assert all(torch.equal(stored[name], t) for name, t in PLANTED.model.state_dict().items())
+    assert not (tmp_path / "card.json.tmp").exists()
+
+
+def test_a_clean_model_has_no_label_rule(tmp_path: Path) -> None:
+    card = save_clean(tmp_path, PLANTED.model, TEST, seed=1, record={"training": {"losses": [1.0]}})
+    assert card["attack"] is None
+    assert card["metrics"]["clean_accuracy"]["n"] == 40
+    with pytest.raises(InvalidInputError, match="names no label rule"):
+        label_rule_of(read_card(tmp_path))
+
+
+@pytest.mark.parametrize(("text", "sentence"), [("{", "cannot be read"), ("[]", "holds no JSON object")])
+def test_odd_cards_are_refused(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(InvalidInputError, match="cannot be read"):
+        read_card(tmp_path)
+    (tmp_path / "card.json").write_text(text)
+    with pytest.raises(InvalidInputError, match=sentence):
+        read_card(tmp_path)
+
+
+def test_a_card_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "card.json").write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(InvalidInputError, match="cannot be read"):
+        read_card(tmp_path)

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from unbackdoor.models.checkpoint import read_tensors
+from unbackdoor.testing import planted_backdoor
+from unbackdoor.triggers import save_trigger
+
+from .conftest import ARCH, Files, Run
+
+QUICK = ("--set", "suppression.budget=5")
+WEAK = ("--set", "suppression.learning_rate=1e-6")
+
+
+def test_scan_finds_the_planted_backdoor(run: Run, files: Files, tmp_path: Path) -> None:
+    page = tmp_path / "scan.html"
+    result = run(
+        "scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--calibration", files.strict,
+        "--json", "--report", page,
+    )  # fmt: skip
+    assert result.code == 1
+    document = result.json
+    assert document["verdict"] == "backdoored"
+    assert document["target_class"] == 3
+    assert document["clean_accuracy"]["value"] == 1.0
+    assert document["model"]["user_code"] is True
+    assert "<html" in page.read_text()
+
+
+def test_scan_says_in_words_what_it_found(run: Run, files: Files) -> None:
+    result = run(
+        "scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--calibration", files.strict
+    )
+    assert result.code == 1
+    assert result.out.startswith("BACKDOORED, suspected target class 3")
+    assert "made for this test" in result.out
+    assert f"note: ran your own code, {ARCH}" in " ".join(result.err.split())
+
+
+def test_scan_of_a_model_like_the_calibrated_ones_exits_with_0(run: Run, files: Files) -> None:
+    result = run(
+        "scan", files.twin, "--arch", ARCH, "--clean", files.clean, "--calibration", files.lax, "--json"
+    )
+    assert (result.code, result.json["verdict"]) == (0, "clean")
+    assert result.json["target_class"] is None
+    assert result.json["limits"]
+
+
+def test_scan_with_few_images_is_inconclusive(run: Run, files: Files) -> None:
+    result = run(
+        "scan", files.infected, "--arch", ARCH, "--clean", files.few, "--calibration", files.strict, "--json"
+    )
+    assert (result.code, result.json["verdict"]) == (3, "inconclusive")
+    assert "16 images for 8 classes are too few" in result.json["reason"]
+    assert any("fewer than 5 images" in warning for warning in result.json["warnings"])
+
+
+def test_scan_with_too_weak_suppression_is_inconclusive(run: Run, files: Files) -> None:
+    result = run("scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--json", *QUICK, *WEAK)
+    assert (result.code, result.json["verdict"]) == (3, "inconclusive")
+    assert "suppression took the accuracy only from 1.00" in result.json["reason"]
+    assert any("other options" in warning for warning in result.json["warnings"])
+
+
+def test_a_wrong_normalisation_is_named(run: Run, files: Files) -> None:
+    common = ("scan", files.wants_half, "--arch", ARCH, "--clean", files.clean, "--json")
+    wrong = run(*common)
+    assert (wrong.code, wrong.json["verdict"]) == (3, "inconclusive")
+    # On these images several known normalisations serve equally well; one of them is named.
+    assert re.search(r"with --normalize \w+ it would be right on 100.0%", wrong.json["reason"])
+    right = run(*common, "--normalize", "half", "--calibration", files.strict)
+    assert (right.code, right.json["verdict"]) == (1, "backdoored")
+
+
+def test_scan_is_repeatable(run: Run, files: Files) -> None:
+    arguments = (
+        "scan",
+        files.infected,
+        "--arch",
+        ARCH,
+        "--clean",
+        files.clean,
+        "--clean-count",
+        64,
+        "--json",
+    )
+    one, other = run(*arguments).json, run(*arguments).json
+    for volatile in ("seconds", "created"):
+        one.pop(volatile, None), other.pop(volatile, None)
+    for document in (one, other):
+        for row in document["detectors"]:
+            row.pop("seconds")
+    assert one == other
+
+
+def test_purify_writes_a_new_file_and_keeps_the_old_one(run: Run, files: Files, tmp_path: Path) -> None:
+    out, page, before = tmp_path / "new.safetensors", tmp_path / "p.html", files.infected.read_bytes()
+    arguments = ("purify", files.infected, "--arch", ARCH, "--clean", files.clean, "--clean-count", 200)
+    result = run(*arguments, "--out", out, "--json", "--report", page)
+    assert result.code == 0
+    document = result.json
+    assert document["filters_removed"] == len(document["removed"]) > 0
+    assert document["clean_accuracy_after"]["value"] >= 0.95
+    assert files.infected.read_bytes() == before
+    old, new = read_tensors(files.infected), read_tensors(out)
+    assert set(old) == set(new)
+    for removed in document["removed"]:
+        weights = new[f"{removed['layer']}.weight"][removed["filter"]]
+        assert not bool(weights.any())
+    assert page.exists()
+
+    again = run(*arguments, "--out", out)
+    assert again.code == 2
+    assert "add --force" in again.err
+    forced = run(*arguments, "--out", out, "--force")
+    assert forced.code == 0
+    assert "removed" in forced.out
+
+
+def test_purify_lowers_the_attack_success(run: Run, files: Files, tmp_path: Path) -> None:
+    planted = planted_backdoor(target_class=3)
+    save_trigger(planted.trigger, tmp_path / "trigger.safetensors")
+    card = {"attack": "planted", "label_rule": planted.label_rule.describe()}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    new = tmp_path / "new.safetensors"
+    run("purify", files.infected, "--arch", ARCH, "--clean", files.clean, "--out", new, "--clean-count", 200)
+    rates = [
+        run(
+            "evaluate", model, "--arch", ARCH, "--data", files.clean, "--split", "train",
+            "--infected", tmp_path, "--json",
+        ).json["metrics"]
+        for model in (files.infected, new)
+    ]  # fmt: skip
+    assert rates[0]["attack_success"]["value"] == 1.0
+    assert rates[1]["attack_success"]["value"] <= 0.1
+    assert rates[1]["clean_accuracy"]["value"] >= 0.95
+
+
+def test_evaluate_without_a_trigger_measures_accuracy(run: Run, files: Files) -> None:
+    result = run(
+        "evaluate",
+        files.twin,
+        "--arch",
+        ARCH,
+        "--data",
+        files.clean,
+        "--split",
+        "train",
+        "--count",
+        40,
+        "--json",
+    )
+    assert result.code == 0
+    assert set(result.json["metrics"]) == {"clean_accuracy"}
+    assert result.json["metrics"]["clean_accuracy"]["n"] == 40
+
+
+def test_image_folders_serve_as_data(run: Run, files: Files) -> None:
+    result = run("evaluate", files.twin, "--arch", ARCH, "--data", files.folder, "--split", "train", "--json")
+    assert result.code == 0
+    assert result.json["metrics"]["clean_accuracy"] == {
+        "value": 1.0, "low": pytest.approx(0.912, abs=1e-3), "high": 1.0, "successes": 40, "n": 40,
+    }  # fmt: skip
+
+
+def test_a_permuted_label_order_is_named_and_mended(run: Run, files: Files, tmp_path: Path) -> None:
+    # Reading folders sorts them by name; the model's order is the reverse of these.
+    folder = tmp_path / "renamed"
+    folder.mkdir()
+    for label in range(8):
+        (folder / f"{'hgfedcba'[label]}").symlink_to(files.folder / f"colour{label}")
+    copied = tmp_path / "copied"
+    for place in folder.iterdir():
+        target = copied / place.name
+        target.mkdir(parents=True)
+        for picture in place.iterdir():
+            (target / picture.name).write_bytes(picture.read_bytes())
+    common = ("scan", files.twin, "--arch", ARCH, "--clean", copied, "--calibration", files.lax, "--json")
+    wrong = run(*common)
+    assert wrong.code == 3
+    assert "the classes were ordered otherwise" in wrong.json["reason"]
+    assert "--class-names" in wrong.json["reason"]
+    right = run(*common, "--class-names", "h,g,f,e,d,c,b,a")
+    assert right.code == 0
+    assert right.json["clean_accuracy"]["value"] == 1.0
+
+
+def test_report_joins_documents(run: Run, files: Files, tmp_path: Path) -> None:
+    common = ("--arch", ARCH, "--json")
+    scan = run("scan", files.infected, "--clean", files.clean, *common, *QUICK)
+    (tmp_path / "scan.json").write_text(scan.out)
+    measured = run("evaluate", files.twin, "--data", files.folder, "--split", "train", *common)
+    (tmp_path / "evaluate.json").write_text(measured.out)
+    out = tmp_path / "all.html"
+    result = run(
+        "report", tmp_path / "scan.json", tmp_path / "evaluate.json", "--out", out, "--title", "Two <b>things"
+    )
+    assert result.code == 0
+    page = out.read_text()
+    assert "Two &lt;b&gt;things" in page
+
+
+ATTACK = (
+    "--data", "digits", "--arch", "resnet10", "--width", 4, "--epochs", 1, "--limit", 60, "--image-size", 8,
+    "--set", "recipe.batch_size=32",
+)  # fmt: skip
+
+
+def test_attack_trains_measures_and_does_not_repeat_itself(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "infected"
+    first = run("attack", "badnets", *ATTACK, "--out", out, "--json", "--set", "poison_fraction=0.2")
+    assert first.code == 0, first.err
+    card = first.json
+    assert card["attack"] == "badnets"
+    assert card["poisoned"] == len(card["poisoned_indices"]) == 12
+    assert card["label_rule"] == {"rule": "all_to_one", "target_class": 0}
+    assert card["metrics"]["clean_accuracy"]["n"] == 500
+    assert card["command"].startswith("unbackdoor attack badnets --data digits")
+    assert not (out / "training.safetensors").exists()
+    stamp = (out / "model.safetensors").stat().st_mtime_ns
+    again = run("attack", "badnets", *ATTACK, "--out", out, "--json", "--set", "poison_fraction=0.2")
+    assert again.json == card
+    assert (out / "model.safetensors").stat().st_mtime_ns == stamp
+    other = run("attack", "badnets", *ATTACK, "--out", out, "--set", "poison_fraction=0.3")
+    assert other.code == 2
+    assert "trained with other options" in other.err
+
+    model = out / "model.safetensors"
+    measured = run(
+        "evaluate",
+        model,
+        "--arch",
+        "resnet10",
+        "--data",
+        "digits",
+        "--image-size",
+        8,
+        "--infected",
+        out,
+        "--json",
+    )
+    assert measured.code == 0, measured.err
+    assert measured.json["metrics"] == card["metrics"]
+
+
+def test_attack_none_trains_a_twin_and_blend_a_blend(run: Run, tmp_path: Path) -> None:
+    twin = run("attack", "none", *ATTACK, "--out", tmp_path / "twin", "--json")
+    assert twin.code == 0, twin.err
+    assert twin.json["attack"] is None
+    assert set(twin.json["metrics"]) == {"clean_accuracy"}
+    blend = run("attack", "blend", *ATTACK, "--out", tmp_path / "blend", "--set", "rule=all_to_all")
+    assert blend.code == 0, blend.err
+    assert "attack success" in blend.out
+    assert "normalise.mean" in read_tensors(tmp_path / "blend" / "model.safetensors")
+
+
+def test_a_users_file_is_run_and_announced(run: Run, files: Files, tmp_path: Path) -> None:
+    factory = tmp_path / "mine.py"
+    factory.write_text(
+        "from unbackdoor.testing import planted_network\n\ndef network():\n    return planted_network(8)\n"
+    )
+    result = run(
+        "evaluate", files.twin, "--arch", f"{factory}:network", "--data", files.folder, "--split", "train"
+    )
+    assert result.code == 0, result.err
+    said = "".join(result.err.split())
+    assert "note:ranyourowncode," in said
+    assert "mine.py:network" in said
+
+
+def test_state_dicts_from_torch_save_are_read(run: Run, files: Files, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"state_dict": read_tensors(files.twin)}, path)
+    result = run("evaluate", path, "--arch", ARCH, "--data", files.folder, "--split", "train", "--json")
+    assert result.code == 0, result.err

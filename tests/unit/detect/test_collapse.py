@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unbackdoor.detect.calibration import Calibration
+from unbackdoor.detect.collapse import Collapse, interpolate, shift_concentration, target_concentration
+from unbackdoor.suppression import Check, Suppressed
+
+
+def right(classes: int, each: int) -> Tensor:
+    return each * torch.eye(classes, dtype=torch.int64)
+
+
+def run(*matrices: Tensor, reason: Literal["accuracy", "budget", "not finite"] = "accuracy") -> Suppressed:
+    return Suppressed(nn.Identity(), tuple(Check(i, m) for i, m in enumerate(matrices)), reason)
+
+
+def test_target_concentration_by_hand() -> None:
+    confusion = torch.tensor([[8, 1, 1], [4, 6, 0], [2, 0, 8]])
+    # 8 errors; of the 6 on classes 1 and 2 all go to 0; of the 4 on 0 and 2, one goes to 1.
+    assert target_concentration(confusion).tolist() == pytest.approx([6 / 6, 1 / 4, 1 / 6])
+    assert target_concentration(right(3, 5)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_shift_concentration_by_hand() -> None:
+    confusion = torch.tensor([[5, 3, 2], [1, 6, 3], [4, 0, 6]])
+    # Errors 13; plus one: 3 + 3 + 4 = 10; plus two: 2 + 1 + 0 = 3.
+    assert shift_concentration(confusion).tolist() == pytest.approx([10 / 13, 3 / 13])
+    assert shift_concentration(right(3, 5)).tolist() == [0.0, 0.0]
+
+
+def test_interpolation_mixes_the_matrices_around_the_crossing() -> None:
+    high, low = right(2, 10), torch.tensor([[4, 6], [8, 2]])
+    checks = run(high, low).checks
+    assert [check.accuracy for check in checks] == pytest.approx([1.0, 0.3])
+    wanted = (1 - 5 / 7) * high.double() + (5 / 7) * low.double()
+    assert torch.allclose(interpolate(checks, 0.5, lambda c: c), wanted)
+    assert torch.equal(interpolate(checks, 0.3 - 1e-3, lambda c: c), low.double())
+    back = run(right(2, 10), low, right(2, 10), low).checks
+    assert torch.allclose(interpolate(back, 0.5, lambda c: c), wanted)
+
+
+def collapsed_to(target: int) -> Tensor:
+    matrix = torch.zeros(5, 5, dtype=torch.int64)
+    matrix[:, target] = 10
+    return matrix
+
+
+def shifted() -> Tensor:
+    return torch.roll(right(5, 10), 2, dims=1)
+
+
+def test_a_target_is_named() -> None:
+    found = Collapse().judge(run(right(5, 10), collapsed_to(3)))
+    assert (found.score, found.target_class, found.is_backdoored) == (1.0, 3, True)
+    assert found.evidence["pattern"] == "all-to-one"
+    assert found.p_value is None
+    assert "uncalibrated" in found.threshold_source
+
+
+def test_a_shift_is_named() -> None:
+    found = Collapse().judge(run(right(5, 10), shifted()))
+    assert (found.score, found.target_class) == (1.5, None)
+    assert found.evidence["pattern"] == "all-to-all, class + 2"
+
+
+def test_spread_errors_are_clean() -> None:
+    spread = torch.full((5, 5), 2, dtype=torch.int64)
+    found = Collapse().judge(run(right(5, 10), spread))
+    assert found.score == pytest.approx(1.5 * 0.25)
+    assert found.is_backdoored is False
+
+
+def test_a_calibrated_threshold_flags_only_what_exceeds_it() -> None:
+    detector = Collapse(calibration=Calibration((1.0, *[0.2] * 18), "made up"), alpha=0.05)
+    found = detector.judge(run(right(5, 10), collapsed_to(3)))
+    assert found.p_value == pytest.approx(0.1)
+    assert found.is_backdoored is False  # exactly the largest clean score
+    assert found.threshold_source == "made up"
+    other = Collapse(calibration=Calibration((0.9, *[0.2] * 18), "made up"), alpha=0.05)
+    assert other.judge(run(right(5, 10), collapsed_to(3))).is_backdoored is True
+
+
+@pytest.mark.parametrize(
+    ("suppressed", "sentence"),
+    [
+        (run(right(3, 10), torch.ones(3, 3, dtype=torch.int64)), "3 classes leave errors too few places"),
+        (run(right(5, 10), right(5, 10), reason="budget"), "only from 1.00 to 1.00, not to 0.50"),
+        (run(right(5, 10)), "only from 1.00 to 1.00"),
+    ],
+)
+def test_it_abstains_with_a_reason(suppressed: Suppressed, sentence: str) -> None:
+    found = Collapse().judge(suppressed)
+    assert math.isnan(found.score)
+    assert found.is_backdoored is None
+    assert sentence in found.undetermined

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from unbackdoor import rng
+from unbackdoor.compute import accuracy_of
+from unbackdoor.errors import InvalidInputError
+from unbackdoor.filters.select import Guard
+from unbackdoor.masks import MaskTraining
+from unbackdoor.purify import MNP
+from unbackdoor.suppression import Suppression
+from unbackdoor.testing import planted_backdoor
+from unbackdoor.types import Progress, Purified, silent
+
+PLANTED = planted_backdoor()
+CLEAN = PLANTED.clean_data(64, rng.generator(0))
+QUICK = MNP(suppression=Suppression(budget=4), masks=MaskTraining(epochs=2))
+
+
+def purify(method: MNP, progress: Progress = silent) -> Purified:
+    return method.purify(PLANTED.model, CLEAN, generator=rng.generator(0), progress=progress)
+
+
+def removed(result: Purified) -> int:
+    assert result.mask is not None
+    return result.mask.n_removed
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"amount": "count", "count": 7}, 7),
+        ({"amount": "count", "count": 0}, 0),
+        ({"amount": "fraction", "fraction": 0.25}, 24),
+        ({"amount": "threshold", "threshold": 5.0}, 96),
+        ({"amount": "threshold", "threshold": -1.0}, 0),
+    ],
+)
+def test_amounts(options: dict[str, Any], count: int) -> None:
+    assert removed(purify(replace(QUICK, **options))) == count
+
+
+def test_the_lowest_scores_go() -> None:
+    result = purify(replace(QUICK, amount="count", count=10, score="sum"))
+    assert result.mask is not None
+    scores = torch.cat([result.scores[name] for name in result.mask.keep])
+    gone = torch.cat([~kept for kept in result.mask.keep.values()])
+    assert float(scores[gone].max()) <= float(scores[~gone].min())
+
+
+@pytest.mark.parametrize(("score", "low", "high"), [("m1", 0, 1), ("sum", 1, 3), ("rank_sum", 0, 190)])
+def test_scores_lie_in_their_range(score: Literal["m1", "sum", "rank_sum"], low: float, high: float) -> None:
+    result = purify(replace(QUICK, score=score))
+    assert sum(len(values) for values in result.scores.values()) == 96
+    for values in result.scores.values():
+        assert low <= float(values.min())
+        assert float(values.max()) <= high
+
+
+def test_line_12_as_printed_makes_m2_one() -> None:
+    printed = purify(replace(QUICK, score="sum", literal_line12=True))
+    alone = purify(replace(QUICK, score="m1"))
+    for name, values in printed.scores.items():
+        torch.testing.assert_close(values, alone.scores[name] + 1)
+
+
+def test_a_strict_guard_keeps_the_loss_and_a_lax_one_takes_all_candidates() -> None:
+    lax = Guard(candidates=0.1, per_filter=1e9, total=1e9, accuracy=1.0)
+    strict = Guard(candidates=0.1, per_filter=-1e9)
+    assert removed(purify(replace(QUICK, guard=lax))) == 10
+    kept = purify(replace(QUICK, guard=strict))
+    assert removed(kept) == 0
+    for name, tensor in PLANTED.model.state_dict().items():
+        assert torch.equal(kept.model.state_dict()[name], tensor)
+
+
+def test_the_default_guard_holds_the_clean_accuracy() -> None:
+    result = purify(QUICK)
+    walk = result.diagnostics["walk"]
+    assert len(walk) == round(0.05 * 96)
+    assert accuracy_of(result.model, CLEAN) >= accuracy_of(PLANTED.model, CLEAN) - 0.02 - 1e-9
+    assert sum(step["removed"] for step in walk) == removed(result)
+    json.dumps(dict(result.diagnostics))
+
+
+def test_held_out_images_are_not_learnt_from() -> None:
+    assert purify(QUICK).diagnostics["learning_images"] == 64
+    assert purify(replace(QUICK, held_out_fraction=0.25)).diagnostics["learning_images"] == 48
+
+
+def test_the_papers_reading_has_the_papers_numbers() -> None:
+    paper = MNP.paper()
+    assert (paper.lambda1, paper.lambda2, paper.count, paper.score) == (5e-4, 5e-4, 30, "sum")
+    assert (paper.suppression.mu, paper.suppression.learning_rate, paper.masks.learning_rate) == (
+        0.001,
+        0.01,
+        0.1,
+    )
+    assert (paper.suppression.budget, paper.suppression.unit) == (20, "epoch")
+    assert paper.suppression.stop_accuracy == 0.0
+    assert paper.prune_mode == "weight"
+
+
+def test_progress_names_its_stages_and_reaches_the_end() -> None:
+    calls: list[tuple[str, int, int]] = []
+    purify(replace(QUICK, score="sum"), progress=lambda *call: calls.append(call))
+    stages = list(dict.fromkeys(stage for stage, _, _ in calls))
+    assert stages == ["clean suppression", "weight penalty", "clean preserving", "guarded walk"]
+    for stage in stages:
+        last = [call for call in calls if call[0] == stage][-1]
+        assert last[1] == last[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"stages": ("suppress",)}, "stages must name 'penalise' or 'preserve'"),
+        ({"stages": ("penalise", "magic")}, "stages must name"),
+        ({"held_out_fraction": 1.0}, r"held_out_fraction must lie in \[0, 1\)"),
+        ({"held_out_fraction": -0.1}, r"held_out_fraction must lie in \[0, 1\)"),
+        ({"amount": "count", "count": -1}, "count must be at least 0"),
+        ({"amount": "fraction", "fraction": 1.5}, r"fraction must lie in \[0, 1\]"),
+        ({"amount": "fraction", "fraction": -0.5}, r"fraction must lie in \[0, 1\]"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidInputError, match=sentence):
+        MNP(**options)
