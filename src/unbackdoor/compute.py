@@ -67,6 +67,13 @@ def memory_format_for(model: nn.Module) -> torch.memory_format:
     return torch.channels_last
 
 
+def arrange(model: nn.Module) -> nn.Module:
+    """Put the weights of ``model``, in place, into the layout that ``memory_format_for`` names."""
+    # torch's annotations lack this overload of Module.to.
+    arranged: nn.Module = model.to(memory_format=memory_format_for(model))  # type: ignore[call-overload]
+    return arranged
+
+
 @contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Put every module into train or eval mode inside the block; restore each flag afterwards."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from unbackdoor.compute import EVALUATION_BATCH, check_fits, predictions_of
 from unbackdoor.rates import Rate
 from unbackdoor.types import LabelledImages, LabelRule, Trigger, as_float, quantise
+
 
 @dataclass(frozen=True)
 class BackdoorMetrics:
@@ -34,9 +35,7 @@ class BackdoorMetrics:
         }
 
 
-def clean_accuracy(
-    model: nn.Module, test: LabelledImages, *, batch_size: int = EVALUATION_BATCH
-) -> Rate:
+def clean_accuracy(model: nn.Module, test: LabelledImages, *, batch_size: int = EVALUATION_BATCH) -> Rate:
     """Return the accuracy of ``model``, in eval mode and fp32, on ``test``.
 
     Raises:
@@ -83,4 +82,3 @@ def evaluate(
         attack_success=Rate.of(flat == wanted),
         robust_accuracy=Rate.of(flat == labels[counted]),
     )
-

@@ -25,6 +25,6 @@ def require(module: str, *, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
         raise MissingDependencyError(
-            f"This needs {module.split('.')[0]!r}, which could not be imported ({error}); "
+            f"This needs {module.split('.', maxsplit=1)[0]!r}, which could not be imported ({error}); "
             f'install it with: pip install "unbackdoor[{extra}]".'
         ) from error

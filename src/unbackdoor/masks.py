@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from unbackdoor import rng
-from unbackdoor.compute import Precision, autocast, device_of, memory_format_for, mode
+from unbackdoor.compute import Precision, arrange, autocast, device_of, memory_format_for, mode
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterGroup, FilterMap
 from unbackdoor.filters.mask import masked_tensors
@@ -104,7 +104,7 @@ def learn_masks(
     device = device_of(model)
     clean = clean.to(device)
     layout = memory_format_for(model)
-    frozen = copy.deepcopy(model).requires_grad_(False).to(memory_format=layout)
+    frozen = arrange(copy.deepcopy(model).requires_grad_(False))
     groups = _masked_groups(filter_map, options.target)
     masks = {g.name: torch.ones(g.filters, device=device, requires_grad=True) for g in groups}
     optimiser = torch.optim.SGD(masks.values(), lr=options.learning_rate, momentum=options.momentum)

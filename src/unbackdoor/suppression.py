@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor import rng
-from unbackdoor.compute import Precision, autocast, check_fits, device_of, logits_of, memory_format_for, mode
+from unbackdoor.compute import (
+    Precision,
+    arrange,
+    autocast,
+    check_fits,
+    device_of,
+    logits_of,
+    memory_format_for,
+    mode,
+)
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.train import Batch, batches
 from unbackdoor.types import LabelledImages, Progress, silent
@@ -141,7 +150,7 @@ def suppress(
         InvalidInputError: If ``clean`` holds fewer than two images, or a label has no output of the model.
     """
     check_fits(model, clean, purpose="clean suppression", at_least=2)
-    copied = copy.deepcopy(model).to(memory_format=memory_format_for(model))
+    copied = arrange(copy.deepcopy(model))
     copied.requires_grad_(True)
     device = device_of(model)
     clean = clean.to(device)

@@ -6,20 +6,28 @@ channels-last, in bf16 where the hardware is faster with it. Nothing here reads 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor import rng
-from unbackdoor.compute import Precision, autocast, check_fits, device_of, memory_format_for, mode, uses_bf16
+from unbackdoor.compute import (
+    Precision,
+    arrange,
+    autocast,
+    check_fits,
+    device_of,
+    memory_format_for,
+    mode,
+    uses_bf16,
+)
 from unbackdoor.data.augment import random_crop, random_flip
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.types import LabelledImages, Progress, as_float, silent
@@ -169,7 +177,7 @@ def train(
     check_fits(model, data, purpose="training")
     device = device_of(model)
     data = data.to(device)
-    model.to(memory_format=memory_format_for(model))
+    arrange(model)
     optimiser = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
         lr=recipe.learning_rate,

@@ -189,9 +189,7 @@ def label_rule_from(description: Mapping[str, Any]) -> LabelRule:
             return AllToAll(int(description["num_classes"]), int(description["shift"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidInputError(f"the label rule {dict(description)!r} is incomplete: {error}.") from error
-    raise InvalidInputError(
-        f"unknown label rule {description['rule']!r}; known: 'all_to_one', 'all_to_all'."
-    )
+    raise InvalidInputError(f"unknown label rule {description['rule']!r}; known: 'all_to_one', 'all_to_all'.")
 
 
 @dataclass(frozen=True, eq=False)

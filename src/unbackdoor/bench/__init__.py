@@ -1,0 +1,1 @@
+"""The laboratory: keeping trained models, and (later) cells, store and suites."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -84,7 +83,7 @@ def _save(out: Path, model: nn.Module, card: dict[str, Any]) -> dict[str, Any]:
     }
     temporary = out / "card.json.tmp"
     temporary.write_text(json.dumps(card, indent=1) + "\n")
-    os.replace(temporary, out / "card.json")
+    temporary.replace(out / "card.json")
     return card
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
 
 import typer
 
@@ -20,7 +19,7 @@ def attack(
     settings: o.Settings = None,
     split: o.Split = "train",
     test_split: str = typer.Option("test", help="Split that CA, ASR and RA are measured on."),
-    limit: Optional[int] = typer.Option(None, min=2, help="Train on that many images only."),
+    limit: int | None = typer.Option(None, min=2, help="Train on that many images only."),
     image_size: o.ImageSize = None,
     normalize: str = typer.Option("cifar10", help="Normalisation built into the model: a name, or none."),
     seed: o.Seed = 0,

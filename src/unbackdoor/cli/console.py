@@ -40,7 +40,11 @@ def progress_bar(*, hidden: bool) -> Iterator[ProgressCall]:
         tasks: dict[str, object] = {}
 
         def show(stage: str, done: int, total: int) -> None:
-            task = tasks.setdefault(stage, bars.add_task(stage, total=total)) if stage not in tasks else tasks[stage]
+            task = (
+                tasks.setdefault(stage, bars.add_task(stage, total=total))
+                if stage not in tasks
+                else tasks[stage]
+            )
             bars.update(task, completed=done, total=total)  # type: ignore[arg-type]
 
         yield show

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
 
 import typer
 
@@ -14,7 +13,7 @@ def evaluate(
     model: o.ModelPath,
     arch: o.Arch,
     data: str = typer.Option(..., help="Test images, in any form that --clean takes."),
-    infected: Optional[Path] = typer.Option(
+    infected: Path | None = typer.Option(
         None, help="Folder that `unbackdoor attack` wrote; its trigger and label rule are used."
     ),
     num_classes: o.NumClasses = None,

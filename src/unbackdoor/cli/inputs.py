@@ -99,9 +99,7 @@ def describe_model(loaded: LoadedModel) -> ModelInfo:
 def read_data(options: DataOptions) -> LabelledImages:
     """Read the images that the options name."""
     names = options.class_names.split(",") if options.class_names else None
-    return load_images(
-        options.path, split=options.split, image_size=options.image_size, class_names=names
-    )
+    return load_images(options.path, split=options.split, image_size=options.image_size, class_names=names)
 
 
 def open_clean(options: DataOptions, loaded: LoadedModel, *, seed: int, hold_out: bool) -> CleanData:
@@ -181,9 +179,7 @@ def _numbers(text: str | None, option: str) -> list[float] | None:
     try:
         return [float(part) for part in text.replace(",", " ").split()]
     except ValueError as error:
-        raise InvalidInputError(
-            f"{option} must be numbers such as 0.49,0.48,0.45, got {text!r}."
-        ) from error
+        raise InvalidInputError(f"{option} must be numbers such as 0.49,0.48,0.45, got {text!r}.") from error
 
 
 def device_named(name: str) -> torch.device:
@@ -200,5 +196,3 @@ def device_named(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InvalidInputError(f"device {name!r} is not available here; use cpu or auto.") from error
     return device
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,9 +16,9 @@ Arch = Annotated[
     ),
 ]
 NumClasses = Annotated[
-    Optional[int], typer.Option(help="Outputs of the model; read from its head if not given.")
+    int | None, typer.Option(help="Outputs of the model; read from its head if not given.")
 ]
-Width = Annotated[Optional[int], typer.Option(help="Channels of the first stage; read from the file.")]
+Width = Annotated[int | None, typer.Option(help="Channels of the first stage; read from the file.")]
 Clean = Annotated[
     str,
     typer.Option(
@@ -27,23 +27,23 @@ Clean = Annotated[
 ]
 Split = Annotated[str, typer.Option(help="Split to use, where the images come in splits.")]
 CleanCount = Annotated[int, typer.Option(min=2, help="Clean images to use, drawn balanced over classes.")]
-ImageSize = Annotated[Optional[int], typer.Option(help="Resize images to this many pixels a side.")]
+ImageSize = Annotated[int | None, typer.Option(help="Resize images to this many pixels a side.")]
 ClassNames = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(help="Class names in the order of the model's outputs, separated by commas."),
 ]
-Mean = Annotated[Optional[str], typer.Option(help="Channel means, such as 0.49,0.48,0.45.")]
-Std = Annotated[Optional[str], typer.Option(help="Channel standard deviations, such as 0.25,0.24,0.26.")]
+Mean = Annotated[str | None, typer.Option(help="Channel means, such as 0.49,0.48,0.45.")]
+Std = Annotated[str | None, typer.Option(help="Channel standard deviations, such as 0.25,0.24,0.26.")]
 Normalize = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(help="Known mean and std: cifar10, cifar100, imagenet, mnist or half. For models that "
                       "do not normalise by themselves."),
 ]  # fmt: skip
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
-ReportPath = Annotated[Optional[Path], typer.Option(help="Also write a self-contained HTML report.")]
+ReportPath = Annotated[Path | None, typer.Option(help="Also write a self-contained HTML report.")]
 Settings = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option("--set", help="Set an option of the method, such as suppression.budget=100; repeatable."),
 ]

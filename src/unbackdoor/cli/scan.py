@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import typer
 
 from unbackdoor.cli import options as o
@@ -25,7 +23,7 @@ def scan(
     std: o.Std = None,
     normalize: o.Normalize = None,
     alpha: float = typer.Option(0.05, min=0.001, max=0.5, help="Largest share of clean models flagged."),
-    calibration: Optional[str] = typer.Option(None, help="Calibration file made from your own clean models."),
+    calibration: str | None = typer.Option(None, help="Calibration file made from your own clean models."),
     settings: o.Settings = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",

@@ -60,9 +60,7 @@ def finish(document: doc.Document, *, as_json: bool, report: Path | None) -> Non
         _evaluate(document)
 
 
-def write_page(
-    documents: Sequence[doc.Document], out: Path, *, title: str, quiet: bool = False
-) -> None:
+def write_page(documents: Sequence[doc.Document], out: Path, *, title: str, quiet: bool = False) -> None:
     """Render the documents and write the page.
 
     Raises:

@@ -52,7 +52,7 @@ def tell(out: Path, *, seed: int, progress: Progress, say: Callable[[str], None]
     say("3. You get both files, and 250 clean images. Scan them:")
     documents: list[doc.Document] = []
     models = {name: load_model(folder / "model.safetensors", "resnet10") for name, folder in folders.items()}
-    for name, loaded in models.items():
+    for loaded in models.values():
         documents.append(_scan(loaded, defence, seed, progress))
         show.finish(documents[-1], as_json=False, report=None)
 

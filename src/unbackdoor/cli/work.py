@@ -28,7 +28,16 @@ from unbackdoor.models.loading import LoadedModel, save_like
 from unbackdoor.purify import MNP
 from unbackdoor.rates import Rate
 from unbackdoor.report import documents as doc
-from unbackdoor.types import Detection, LabelledImages, LabelRule, Progress, Purified, Trigger, as_float, quantise
+from unbackdoor.types import (
+    Detection,
+    LabelledImages,
+    LabelRule,
+    Progress,
+    Purified,
+    Trigger,
+    as_float,
+    quantise,
+)
 
 PURIFIERS: dict[str, MNP] = {"mnp": MNP(), "mnp-paper": MNP.paper()}
 """Names for ``purify --method``."""
@@ -126,9 +135,7 @@ def purify_document(
         removed=_removed(purified, loaded.model, filter_map),
         layers=_layers(purified, filter_map),
         walk=_walk(diagnostics.get("walk", [])),
-        untreated=[
-            doc.Untreated(layer=item.name, reason=item.reason) for item in filter_map.untreated
-        ],
+        untreated=[doc.Untreated(layer=item.name, reason=item.reason) for item in filter_map.untreated],
         passes=dict(diagnostics.get("passes", {})),
         warnings=list(warnings),
         limits=list(PURIFY_LIMITS),
@@ -347,4 +354,3 @@ def png(image: Tensor) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -60,9 +61,7 @@ class Collapse:
         progress: Progress = silent,
     ) -> Detection:
         """Suppress a copy of ``model`` and read its errors; ``model`` is left untouched."""
-        return self.judge(
-            suppress(model, clean, self.suppression, generator=generator, progress=progress)
-        )
+        return self.judge(suppress(model, clean, self.suppression, generator=generator, progress=progress))
 
     def judge(self, suppressed: Suppressed) -> Detection:
         """Score a suppression run that was made with this detector's options."""
@@ -121,17 +120,13 @@ def shift_concentration(confusion: Tensor) -> Tensor:
     return torch.stack(counts).double() / errors.clamp_min(1)
 
 
-def interpolate(
-    checks: Sequence[Check], accuracy: float, statistic: Callable[[Tensor], Tensor]
-) -> Tensor:
+def interpolate(checks: Sequence[Check], accuracy: float, statistic: Callable[[Tensor], Tensor]) -> Tensor:
     """Return ``statistic`` of the confusion matrix at the moment when the accuracy crossed ``accuracy``.
 
     Confusion matrices, not statistics, are interpolated: both ends may hold few errors.
     """
-    for earlier, later in zip(checks, checks[1:], strict=False):
+    for earlier, later in pairwise(checks):
         if later.accuracy <= accuracy < earlier.accuracy:
             weight = (earlier.accuracy - accuracy) / (earlier.accuracy - later.accuracy)
-            return statistic(
-                (1 - weight) * earlier.confusion.double() + weight * later.confusion.double()
-            )
+            return statistic((1 - weight) * earlier.confusion.double() + weight * later.confusion.double())
     return statistic(checks[-1].confusion.double())

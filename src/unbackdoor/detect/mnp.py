@@ -59,9 +59,7 @@ class CorrelationRatio:
     ) -> Detection:
         """Suppress a copy of ``model`` and compare the correlations; ``model`` is left untouched."""
         return self.judge(
-            expose(
-                model, clean, self.suppression, self.statistic, generator=generator, progress=progress
-            )
+            expose(model, clean, self.suppression, self.statistic, generator=generator, progress=progress)
         )
 
     def judge(self, exposure: Exposure) -> Detection:

@@ -85,7 +85,8 @@ class MNP:
         unknown = set(self.stages) - {"suppress", "penalise", "preserve"}
         if unknown or not set(self.stages) & {"penalise", "preserve"}:
             raise InvalidInputError(
-                f"stages must name 'penalise' or 'preserve' or both, and may name 'suppress'; got {self.stages}."
+                f"stages must name 'penalise' or 'preserve' or both, and may name 'suppress'; "
+                f"got {self.stages}."
             )
         if not 0 <= self.held_out_fraction < 1:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")

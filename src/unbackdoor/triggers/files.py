@@ -28,7 +28,8 @@ def save_trigger(trigger: Trigger, path: Path) -> None:
     kind = next((name for name, cls in KINDS.items() if type(trigger) is cls), None)
     if kind is None:
         raise InvalidInputError(
-            f"a {type(trigger).__name__} cannot be saved; add it to triggers.files.KINDS ({', '.join(KINDS)})."
+            f"a {type(trigger).__name__} cannot be saved; add it to triggers.files.KINDS "
+            f"({', '.join(KINDS)})."
         )
     values = {field.name: getattr(trigger, field.name) for field in fields(KINDS[kind])}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
