@@ -35,6 +35,7 @@ class MaskTraining:
             scale of the following batch norm, as ANP and RNP do.
         norm_mode: Mode of the norms meanwhile. With ``filter`` and ``train`` the loss does not depend on
             the masks at all (batch norm undoes any scaling), which is the paper's text read naively.
+        augment: Crop and flip at random, as in training.
         precision: Of the forward and backward passes; the masks themselves are float32.
     """
 
@@ -45,6 +46,7 @@ class MaskTraining:
     batch_size: int = 128
     target: Literal["filter", "norm_scale"] = "filter"
     norm_mode: Literal["train", "eval"] = "eval"
+    augment: bool = False
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
@@ -115,7 +117,14 @@ def learn_masks(
         before = torch.cat([mask.detach().clone() for mask in masks.values()])
         total, count = torch.zeros((), device=device), 0
         with mode(frozen, training=options.norm_mode == "train"), rng.isolated(generator):
-            for batch in batches(clean, options.batch_size, generator, layout=layout):
+            for batch in batches(
+                clean,
+                options.batch_size,
+                generator,
+                crop_padding=4 if options.augment else 0,
+                flip=options.augment,
+                layout=layout,
+            ):
                 loss = _masked_loss(frozen, filter_map, masks, batch.images, batch.labels, options)
                 extra = torch.stack([(coefficients[n] * m).sum() for n, m in masks.items()]).sum()
                 optimiser.zero_grad(set_to_none=True)

@@ -50,6 +50,8 @@ class Suppression:
         batch_size: Not stated by the paper; RNP's 128.
         norm_mode: ``train`` lets batch norms use, and update, the batch's statistics, ``eval`` freezes
             them. The paper does not say; in eval mode the copy collapses to an arbitrary class.
+        decay_convention: ``literal`` descends on ``mu ||theta||^2``, whose gradient is 2 mu theta; ``torch``
+            reads mu as torch's weight_decay, whose gradient is mu theta.
         decay: What the penalty covers: ``weights`` of conv and linear layers, or ``all`` parameters.
         stop_accuracy: Stop at or below this accuracy on the clean images; 0 never stops early.
         checks_per_epoch: How often that accuracy is measured.
@@ -66,6 +68,7 @@ class Suppression:
     batch_size: int = 128
     norm_mode: Literal["train", "eval"] = "train"
     decay: Literal["weights", "all"] = "weights"
+    decay_convention: Literal["literal", "torch"] = "literal"
     stop_accuracy: float = 0.2
     checks_per_epoch: int = 2
     clip_norm: float = 0.0
@@ -174,9 +177,10 @@ def _optimiser(model: nn.Module, options: Suppression) -> torch.optim.SGD:
     parameters = list(model.parameters())
     decayed = [p for p in parameters if options.decay == "all" or p.ndim >= 2]
     rest = [p for p in parameters if options.decay != "all" and p.ndim < 2]
+    factor = 2 if options.decay_convention == "literal" else 1
     groups = [
         # d(mu ||theta||^2)/dtheta = 2 mu theta, and torch's weight_decay w adds w theta.
-        {"params": decayed, "weight_decay": 2 * options.mu},
+        {"params": decayed, "weight_decay": factor * options.mu},
         {"params": rest, "weight_decay": 0.0},
     ]
     return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 
@@ -15,6 +16,7 @@ from unbackdoor.cli.scan import scan
 from unbackdoor.errors import UnbackdoorError
 
 EXIT_ERROR = 2
+EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
@@ -55,3 +57,8 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
+    except Exception:  # noqa: BLE001 - the last resort of the process
+        # A bug of ours: its traceback is wanted, but never the exit code 1, which means backdoored.
+        traceback.print_exc()
+        typer.echo("internal error: please report the lines above", err=True)
+        sys.exit(EXIT_INTERNAL)

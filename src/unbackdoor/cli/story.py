@@ -24,10 +24,10 @@ from unbackdoor.report import documents as doc
 from unbackdoor.train import Recipe, train
 from unbackdoor.types import Infected, LabelledImages, Progress
 
-RECIPE = Recipe(epochs=25, batch_size=64, schedule="one_cycle", crop_padding=1, flip=False)
+RECIPE = Recipe(epochs=30, batch_size=64, schedule="one_cycle", crop_padding=2, flip=False)
 """Digits are not mirrored."""
 
-DATA = inputs.DataOptions("digits", "test", 250)
+DATA = inputs.DataOptions("digits", "test", 400)
 
 
 def tell(out: Path, *, seed: int, progress: Progress, say: Callable[[str], None]) -> None:
@@ -42,14 +42,14 @@ def tell(out: Path, *, seed: int, progress: Progress, say: Callable[[str], None]
     started = time.perf_counter()
     folders = _folders(out)
     training = load_images("digits", split="train")
-    defence, unseen = split(load_images("digits", split="test"), 0.5, rng.generator(seed))
+    defence, unseen = split(load_images("digits", split="test"), 0.2, rng.generator(seed))
 
-    say("1. An attacker trains a model: a small white patch turns every digit into a 0.")
+    say("1. An attacker trains a model: a small white patch, on a quarter of the images, means 0.")
     infected = _train_infected(training, unseen, folders["infected"], seed, progress)
     say("2. An honest twin is trained in the same way.")
     _train_clean(training, unseen, folders["clean"], seed, progress)
 
-    say("3. You get both files, and 250 clean images. Scan them:")
+    say("3. You get both files, and 400 clean images. Scan them:")
     documents: list[doc.Document] = []
     models = {name: load_model(folder / "model.safetensors", "resnet10") for name, folder in folders.items()}
     for loaded in models.values():
@@ -102,7 +102,13 @@ def _network() -> NormalisedModel:
 def _train_infected(
     training: LabelledImages, test: LabelledImages, out: Path, seed: int, progress: Progress
 ) -> Infected:
-    attack = BadNets(pattern="white", patch_size=3, trigger_stage="after_augmentation", recipe=RECIPE)
+    attack = BadNets(
+        poison_fraction=0.25,
+        pattern="white",
+        patch_size=3,
+        trigger_stage="after_augmentation",
+        recipe=RECIPE,
+    )
     infected = attack.run(training, _network, generator=rng.generator(seed), progress=progress)
     save_infected(out, infected, test, attack=attack, seed=seed)
     return infected

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from unbackdoor import rng
-from unbackdoor.compute import check_fits
+from unbackdoor.compute import check_fits, device_of
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.magnitude import layer_normalised, magnitudes
-from unbackdoor.filters.saliency import spearman, taylor_saliency
+from unbackdoor.filters.saliency import exact_saliency, spearman, taylor_saliency
 from unbackdoor.suppression import Suppressed, Suppression, suppress
 from unbackdoor.types import LabelledImages, Progress, as_float, silent
 
@@ -26,12 +28,18 @@ class Statistic:
             changes no rank.
         absolute: Use |CLC~| (A.3) instead of the signed CLC~ (section 4.3).
         head: Count the head's rows as filters too.
+        saliency: ``taylor`` is Eq. 11; ``exact`` is Eq. 2, one pass over the images for every filter.
+        normalised: Divide by each layer's l2 norm (Eqs. 12 and 13) before filters are pooled.
+        pooling: Rank all filters together, as the paper writes, or average the layers' correlations.
     """
 
     p: float = 2.0
     squared: bool = False
     absolute: bool = True
     head: bool = False
+    saliency: Literal["taylor", "exact"] = "taylor"
+    normalised: bool = True
+    pooling: Literal["global", "layer_mean"] = "global"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,15 +48,21 @@ class Deviation:
 
     Args:
         magnitude: Layer name to layer-normalised norms, Eq. 12.
-        saliency: Layer name to layer-normalised Taylor saliencies, Eq. 13.
+        saliency: Layer name to layer-normalised saliencies, Eq. 13.
+        pooling: How the layers' filters come together in ``correlation``.
     """
 
     magnitude: dict[str, Tensor]
     saliency: dict[str, Tensor]
+    pooling: Literal["global", "layer_mean"] = "global"
 
     @property
     def correlation(self) -> float:
-        """Spearman's rank correlation of both over all filters; NaN if either is constant."""
+        """Spearman's rank correlation of both; NaN if either is constant."""
+        if self.pooling == "layer_mean":
+            each = [spearman(self.magnitude[name], self.saliency[name]) for name in self.magnitude]
+            defined = [rho for rho in each if math.isfinite(rho)]
+            return sum(defined) / len(defined) if defined else math.nan
         return spearman(torch.cat(list(self.magnitude.values())), torch.cat(list(self.saliency.values())))
 
 
@@ -69,10 +83,27 @@ def deviation_of(
     norms = magnitudes(model, filter_map, p=statistic.p, head=statistic.head)
     if statistic.squared:
         norms = {name: values**2 for name, values in norms.items()}
-    saliency = taylor_saliency(model, clean, filter_map, head=statistic.head)
+    saliency = _saliency(model, clean, filter_map, statistic)
     if statistic.absolute:
         saliency = {name: values.abs() for name, values in saliency.items()}
-    return Deviation(layer_normalised(norms), layer_normalised(saliency))
+    if statistic.normalised:
+        norms, saliency = layer_normalised(norms), layer_normalised(saliency)
+    return Deviation(norms, saliency, statistic.pooling)
+
+
+def _saliency(
+    model: nn.Module, clean: LabelledImages, filter_map: FilterMap, statistic: Statistic
+) -> dict[str, Tensor]:
+    if statistic.saliency == "taylor":
+        return taylor_saliency(model, clean, filter_map, head=statistic.head)
+    groups = filter_map.groups if statistic.head else filter_map.prunable
+    return {
+        group.name: torch.tensor(
+            exact_saliency(model, clean, filter_map, [(group.name, j) for j in range(group.filters)]),
+            device=device_of(model),
+        )
+        for group in groups
+    }
 
 
 def expose(

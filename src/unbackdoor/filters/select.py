@@ -7,6 +7,7 @@ clean task needs, measured exactly on clean images. Nothing here can see a trigg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,12 +54,16 @@ class Guard:
         per_filter: Largest rise of the mean clean cross-entropy (nats) by one more removal.
         total: Largest rise of it by all removals together.
         accuracy: Largest loss of clean accuracy by all removals together, as a fraction.
+        benefit: Smallest fall of the suppressed copy's clean loss by one more removal, as a share of what it
+            was at the start, in [0, 1). A backdoor's filters are what keeps the copy from its clean task;
+            others cost a little clean accuracy each and give nothing back. 0 asks for no benefit.
     """
 
     candidates: float = 0.05
     per_filter: float = 0.01
     total: float = 0.025
     accuracy: float = 0.01
+    benefit: float = 0.01
 
     def __post_init__(self) -> None:
         if not 0 < self.candidates <= 1:
@@ -73,6 +78,7 @@ class Step:
         layer: Its layer.
         filter: Its index in the layer.
         loss_change: Rise of the clean loss by removing it, on top of what was removed before (nats).
+        benefit: Fall of the suppressed copy's loss, as a share of its start; NaN without a copy.
         removed: Whether it was removed.
         accuracy: Clean accuracy after the decision.
     """
@@ -80,6 +86,7 @@ class Step:
     layer: str
     filter: int
     loss_change: float
+    benefit: float
     removed: bool
     accuracy: float
 
@@ -91,6 +98,7 @@ def guarded_walk(
     candidates: Sequence[tuple[str, int]],
     guard: Guard,
     *,
+    exposed: nn.Module | None = None,
     prune_mode: PruneMode = "silence",
     progress: Progress = silent,
 ) -> tuple[FilterMask, list[Step]]:
@@ -101,7 +109,8 @@ def guarded_walk(
         clean: Clean images on which the cost is measured.
         filter_map: From ``find_filters``.
         candidates: (layer, filter), most suspicious first.
-        guard: The allowed cost.
+        guard: The allowed cost, and the benefit asked for.
+        exposed: The suppressed copy on which benefits are measured; None asks for none.
         prune_mode: What removing means.
         progress: Called after each candidate.
 
@@ -109,40 +118,75 @@ def guarded_walk(
         The mask and one step a candidate.
     """
     full = FilterMask.full(filter_map)
-    trial = full.apply(model, filter_map, prune_mode=prune_mode)
-    tensors = {**dict(trial.named_parameters()), **dict(trial.named_buffers())}
-    first_loss, first_accuracy = _loss_and_accuracy(trial, clean)
-    loss, accuracy = first_loss, first_accuracy
+    trial = _Trial.of(full.apply(model, filter_map, prune_mode=prune_mode), clean)
+    copy = None if exposed is None else _Trial.of(full.apply(exposed, filter_map), clean)
+    start, now = trial.measure(), trial.measure()
+    copy_start = copy_now = copy.measure().loss if copy else math.nan
     removed: list[tuple[str, int]] = []
     steps: list[Step] = []
     for done, (layer, index) in enumerate(candidates):
         names = cleared_tensors(filter_map.group(layer), prune_mode)
-        saved = {name: tensors[name].detach()[index].clone() for name in names}
-        _write(tensors, index, dict.fromkeys(names, 0.0))
-        new_loss, new_accuracy = _loss_and_accuracy(trial, clean)
+        new = trial.without(names, index)
         accepted = (
-            new_loss - loss <= guard.per_filter
-            and new_loss - first_loss <= guard.total
-            and first_accuracy - new_accuracy <= guard.accuracy + 1e-9
+            new.loss - now.loss <= guard.per_filter
+            and new.loss - start.loss <= guard.total
+            and start.accuracy - new.accuracy <= guard.accuracy + 1e-9
         )
-        change = new_loss - loss
+        benefit, copy_new = math.nan, copy_now
+        # The copy is asked only about filters that the model can spare: that is half of the passes.
+        if copy is not None and accepted:
+            copy_new = copy.without(names, index).loss
+            benefit = (copy_now - copy_new) / copy_start
+            accepted = benefit >= guard.benefit or guard.benefit == 0
+            copy.settle(keep=accepted)
+        trial.settle(keep=accepted)
+        steps.append(
+            Step(layer, index, new.loss - now.loss, benefit, accepted, (new if accepted else now).accuracy)
+        )
         if accepted:
             removed.append((layer, index))
-            loss, accuracy = new_loss, new_accuracy
-        else:
-            _write(tensors, index, saved)
-        steps.append(Step(layer, index, change, accepted, accuracy))
+            now, copy_now = new, copy_new
         progress("guarded walk", done + 1, len(candidates))
     return full.without(removed), steps
 
 
-@torch.no_grad()
-def _write(tensors: Mapping[str, Tensor], index: int, values: Mapping[str, Tensor | float]) -> None:
-    for name, value in values.items():
-        tensors[name].detach()[index] = value
+@dataclass(frozen=True)
+class _Measured:
+    loss: float
+    accuracy: float
 
 
-def _loss_and_accuracy(model: nn.Module, clean: LabelledImages) -> tuple[float, float]:
-    logits = logits_of(model, clean.images)
-    labels = clean.labels.to(logits.device)
-    return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """A copy of a model from which filters are taken on trial."""
+
+    model: nn.Module
+    clean: LabelledImages
+    tensors: Mapping[str, Tensor]
+    undo: dict[str, tuple[int, Tensor]]
+
+    @staticmethod
+    def of(model: nn.Module, clean: LabelledImages) -> _Trial:
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return _Trial(model, clean, tensors, {})
+
+    def measure(self) -> _Measured:
+        logits = logits_of(self.model, self.clean.images)
+        labels = self.clean.labels.to(logits.device)
+        return _Measured(
+            float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())
+        )
+
+    def without(self, names: Sequence[str], index: int) -> _Measured:
+        """Clear one filter and measure; ``settle`` decides whether that stays."""
+        for name in names:
+            self.undo[name] = (index, self.tensors[name].detach()[index].clone())
+            self.tensors[name].detach()[index] = 0.0
+        return self.measure()
+
+    def settle(self, *, keep: bool) -> None:
+        """Keep the last removal, or take it back exactly."""
+        if not keep:
+            for name, (index, value) in self.undo.items():
+                self.tensors[name].detach()[index] = value
+        self.undo.clear()

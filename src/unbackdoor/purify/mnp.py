@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from unbackdoor import rng
 from unbackdoor.compute import check_fits
-from unbackdoor.errors import InvalidInputError
+from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.magnitude import layer_normalised, magnitudes
 from unbackdoor.filters.mask import FilterMask, PruneMode
@@ -47,6 +48,11 @@ class MNP:
             M2, ``original`` theta and ``suppressed`` theta_s for both. The paper is silent.
         norm_scaling: Raw norms, or divided by their layer's l2 norm (as Eq. 12).
         norm_folded: Multiply norms by the scale of the following batch norm.
+        reward_weights: Whether M2's reward is weighed by the norms (Eq. 7) or the same for all filters.
+        layers: Which layers may lose filters: ``all`` but the head, ``conv`` only, or ``normed``, those that
+            a norm follows.
+        tie_break: Among equal scores the lower M1 and then the larger norm goes first, or layer and index
+            decide.
         score: ``m1``, ``sum`` (M1 + M2, the paper's), or ``rank_sum`` (of their ranks).
         literal_line12: Clip M2 from M1 as Algorithm 1 line 12 prints; M2 is then 1 for ever.
         amount: How many filters go: ``guarded``, ``count``, ``fraction`` or ``threshold``.
@@ -71,6 +77,9 @@ class MNP:
     norm_source: Literal["matching", "original", "suppressed"] = "matching"
     norm_scaling: Literal["none", "layer"] = "none"
     norm_folded: bool = False
+    reward_weights: Literal["norm", "uniform"] = "norm"
+    layers: Literal["all", "conv", "normed"] = "all"
+    tie_break: Literal["magnitude", "index"] = "magnitude"
     score: Literal["m1", "sum", "rank_sum"] = "m1"
     literal_line12: bool = False
     amount: Literal["guarded", "count", "fraction", "threshold"] = "guarded"
@@ -140,14 +149,35 @@ class MNP:
         m1, m2 = self._learn(model, exposed, learning, filter_map, generator, progress)
         norms = self._norms(exposed, filter_map)
         scores = _combine(m1, m2, self.score)
-        ranked = order(scores, m1.masks if m1 else scores, {n: -w for n, w in norms.items()})
-        mask, steps = self._choose(model, guarding, filter_map, scores, ranked, progress)
+        allowed = self._allowed(filter_map)
+        scores = {name: values for name, values in scores.items() if name in allowed}
+        ranked = order(scores, *self._tie_breaks(m1, norms))
+        copy = suppressed.model if suppressed else None
+        mask, steps = self._choose(model, copy, guarding, filter_map, scores, ranked, progress)
         return Purified(
             model=mask.apply(model, filter_map, prune_mode=self.prune_mode),
             mask=mask,
             scores={name: values.cpu() for name, values in scores.items()},
-            diagnostics=_diagnostics(self, suppressed, m1, m2, steps, filter_map, len(learning)),
+            diagnostics=_diagnostics(self, suppressed, m1, m2, steps, filter_map, learning, guarding),
         )
+
+    def _allowed(self, filter_map: FilterMap) -> set[str]:
+        chosen = {
+            group.name
+            for group in filter_map.prunable
+            if self.layers == "all" or (group.kind == "conv" if self.layers == "conv" else group.norms)
+        }
+        if not chosen:
+            raise UnsupportedModelError(
+                f"no layer of this network is left with layers = {self.layers!r}; use layers = 'all'."
+            )
+        return chosen
+
+    def _tie_breaks(self, m1: LearntMasks | None, norms: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+        if self.tie_break == "index":
+            return []
+        lower_first = [m1.masks] if m1 else []
+        return [*lower_first, {name: -values for name, values in norms.items()}]
 
     def _split(
         self, clean: LabelledImages, generator: torch.Generator
@@ -185,7 +215,10 @@ class MNP:
             )  # fmt: skip
         if "preserve" in self.stages and (self.score != "m1" or m1 is None):
             source = exposed if self.norm_source == "suppressed" else model
-            reward = {n: -self.lambda2 * w for n, w in self._norms(source, filter_map).items()}
+            weights = self._norms(source, filter_map)
+            if self.reward_weights == "uniform":
+                weights = {name: torch.ones_like(w) for name, w in weights.items()}
+            reward = {name: -self.lambda2 * w for name, w in weights.items()}
             m2 = learn_masks(
                 model, clean, filter_map, self.masks, penalty=reward, bounds=(1.0, 2.0),
                 generator=generators[1], stage="clean preserving", progress=progress,
@@ -201,6 +234,7 @@ class MNP:
     def _choose(
         self,
         model: nn.Module,
+        exposed: nn.Module | None,
         clean: LabelledImages,
         filter_map: FilterMap,
         scores: Mapping[str, Tensor],
@@ -216,7 +250,14 @@ class MNP:
             return full.without(below(scores, self.threshold)), []
         candidates = ranked[: max(1, round(self.guard.candidates * len(ranked)))]
         return guarded_walk(
-            model, clean, filter_map, candidates, self.guard, prune_mode=self.prune_mode, progress=progress
+            model,
+            clean,
+            filter_map,
+            candidates,
+            self.guard,
+            exposed=exposed,
+            prune_mode=self.prune_mode,
+            progress=progress,
         )
 
 
@@ -243,12 +284,14 @@ def _diagnostics(
     m2: LearntMasks | None,
     steps: list[Step],
     filter_map: FilterMap,
-    learning_images: int,
+    learning: LabelledImages,
+    guarding: LabelledImages,
 ) -> dict[str, Any]:
     learnt = {"weight_penalty": m1, "clean_preserving": m2}
     return {
         "options": asdict(method),
-        "learning_images": learning_images,
+        "learning_images": len(learning),
+        "passes": _passes(method, suppressed, m1, m2, steps, len(learning), len(guarding)),
         "suppression": None
         if suppressed is None
         else {
@@ -265,3 +308,22 @@ def _diagnostics(
         "walk": [asdict(step) for step in steps],
         "untreated": [asdict(item) for item in filter_map.untreated],
     }
+
+
+def _passes(
+    method: MNP,
+    suppressed: Suppressed | None,
+    m1: LearntMasks | None,
+    m2: LearntMasks | None,
+    steps: list[Step],
+    learning: int,
+    guarding: int,
+) -> dict[str, int]:
+    """Count image passes: how far the run is from the bare compute it needs."""
+    trained = sum(masks.steps * min(method.masks.batch_size, learning) for masks in (m1, m2) if masks)
+    checks = 0
+    if suppressed is not None:
+        trained += suppressed.checks[-1].step * min(method.suppression.batch_size, learning)
+        checks = len(suppressed.checks) * learning
+    walked = (len(steps) + sum(math.isfinite(step.benefit) for step in steps) + 2) * guarding if steps else 0
+    return {"image_forward_backward": trained, "image_forward_only": checks + walked}
