@@ -59,7 +59,7 @@ class Guard:
             others cost a little clean accuracy each and give nothing back. 0 asks for no benefit.
     """
 
-    candidates: float = 0.05
+    candidates: float = 0.15
     per_filter: float = 0.01
     total: float = 0.025
     accuracy: float = 0.01

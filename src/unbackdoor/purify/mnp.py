@@ -109,12 +109,14 @@ class MNP:
         """Return the literal reading of the paper, as far as it can run.
 
         Section 5.1: mu 0.001, eta_1 0.01, 20 suppression epochs run blind, lambda 5e-4, eta_2 0.1, 30
-        filters by M1 + M2, only the filter's weights set to zero. Where the paper is silent: batch 128,
-        momentum 0.9 (RNP's code), 20 mask epochs; norms in train mode while suppressing (RNP's code) and in
-        eval mode for the masks, because in train mode the objective of both does not depend on them.
+        filters by M1 + M2, only the filter's weights set to zero, plain gradient steps without momentum, as
+        Algorithm 1 prints them. Where the paper is silent: batch 128, 20 mask epochs; norms in train mode
+        while suppressing (RNP's code) and in eval mode for the masks, because in train mode the objective of
+        both does not depend on them.
         """
         return MNP(
-            suppression=Suppression(budget=20, unit="epoch", stop_accuracy=0.0),
+            suppression=Suppression(budget=20, unit="epoch", stop_accuracy=0.0, momentum=0.0),
+            masks=MaskTraining(momentum=0.0),
             score="sum",
             amount="count",
             count=count,

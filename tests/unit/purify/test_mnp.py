@@ -70,7 +70,7 @@ def test_line_12_as_printed_makes_m2_one() -> None:
 
 
 def test_a_strict_guard_keeps_the_loss_and_a_lax_one_takes_all_candidates() -> None:
-    lax = Guard(candidates=0.1, per_filter=1e9, total=1e9, accuracy=1.0)
+    lax = Guard(candidates=0.1, per_filter=1e9, total=1e9, accuracy=1.0, benefit=0.0)
     strict = Guard(candidates=0.1, per_filter=-1e9)
     assert removed(purify(replace(QUICK, guard=lax))) == 10
     kept = purify(replace(QUICK, guard=strict))
@@ -131,3 +131,16 @@ def test_progress_names_its_stages_and_reaches_the_end() -> None:
 def test_impossible_options_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InvalidInputError, match=sentence):
         MNP(**options)
+
+
+def test_a_benefit_that_no_filter_brings_removes_nothing() -> None:
+    demanding = Guard(candidates=0.1, per_filter=1e9, total=1e9, accuracy=1.0, benefit=0.999)
+    assert removed(purify(replace(QUICK, guard=demanding))) == 0
+
+
+def test_layers_limits_what_is_pruned_and_passes_are_counted() -> None:
+    purified = purify(replace(QUICK, layers="conv", amount="count", count=5))
+    assert purified.mask is not None
+    assert purified.mask.n_removed == 5
+    assert all("conv" in layer for layer, _ in purified.mask.removed())
+    assert purified.diagnostics["passes"]["image_forward_backward"] > 0
