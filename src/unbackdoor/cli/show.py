@@ -141,7 +141,10 @@ def _purify(document: doc.PurifyDocument) -> None:
     )
     for item in document.untreated:
         console.note(f"not treated: {item.layer}: {item.reason}")
-    out.print("Scan the new file: only a scan can say whether evidence is left.", markup=False)
+    out.print(
+        "Scan the new file to see what evidence is left; traces can remain after the trigger is dead.",
+        markup=False,
+    )
 
 
 def _evaluate(document: doc.EvaluateDocument) -> None:
