@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from unbackdoor import rng
 from unbackdoor.attacks import BadNets
@@ -15,21 +16,30 @@ from unbackdoor.bench.artefact import save_clean, save_infected
 from unbackdoor.cli import inputs, show
 from unbackdoor.cli.work import evaluate_document, purify_document, scan_document
 from unbackdoor.data import load_images, split
-from unbackdoor.detect.scan import Scan
+from unbackdoor.detect.calibration import Calibration, CalibrationSet
+from unbackdoor.detect.collapse import Collapse
+from unbackdoor.detect.exposure import expose
+from unbackdoor.detect.mnp import CorrelationRatio
+from unbackdoor.detect.scan import Scan, calibration_options
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.select import Guard
 from unbackdoor.models import NormalisedModel, build
 from unbackdoor.models.loading import LoadedModel, load_model
 from unbackdoor.purify import MNP
 from unbackdoor.report import documents as doc
-from unbackdoor.train import Recipe, train
-from unbackdoor.types import Infected, LabelledImages, Progress
+from unbackdoor.train import Recipe, TrainingRecord, train
+from unbackdoor.types import Infected, LabelledImages, Progress, silent
 
 RECIPE = Recipe(epochs=30, batch_size=64, schedule="one_cycle", crop_padding=2, flip=False)
 """Digits are not mirrored."""
 
 METHOD = MNP(guard=Guard(candidates=0.3, per_filter=0.03, total=0.1, accuracy=0.02, benefit=0.005))
 """A looser guard than the default: this network has 360 filters, and the backdoor shares many of them."""
+
+TWINS = 9
+"""Honest models for the threshold; n of them allow a false-positive rate of 1 / (n + 1)."""
+
+ALPHA = 0.1
 
 DATA = inputs.DataOptions("digits", "test", 400)
 
@@ -53,11 +63,15 @@ def tell(out: Path, *, seed: int, progress: Progress, say: Callable[[str], None]
     say("2. An honest twin is trained in the same way.")
     _train_clean(training, unseen, folders["clean"], seed, progress)
 
+    say(f"   {TWINS} more honest models show how a clean one scores: the threshold comes from them.")
+    calibration = _calibrate(training, defence, seed, progress)
+
     say("3. You get both files, and 400 clean images. Scan them:")
+    scan = Scan(alpha=ALPHA, calibration=calibration)
     documents: list[doc.Document] = []
     models = {name: load_model(folder / "model.safetensors", "resnet10") for name, folder in folders.items()}
     for loaded in models.values():
-        documents.append(_scan(loaded, defence, seed, progress))
+        documents.append(_scan(loaded, defence, scan, seed, progress))
         show.finish(documents[-1], as_json=False, report=None)
 
     say("4. Purify the infected one, and scan the result:")
@@ -76,7 +90,7 @@ def tell(out: Path, *, seed: int, progress: Progress, say: Callable[[str], None]
     )
     show.finish(job.document, as_json=False, report=None)
     purified = load_model(target, "resnet10")
-    documents += [job.document, _scan(purified, defence, seed, progress)]
+    documents += [job.document, _scan(purified, defence, scan, seed, progress)]
     show.finish(documents[-1], as_json=False, report=None)
 
     say("5. Only the laboratory knows the trigger. What it did before and after:")
@@ -118,21 +132,44 @@ def _train_infected(
     return infected
 
 
-def _train_clean(
-    training: LabelledImages, test: LabelledImages, out: Path, seed: int, progress: Progress
-) -> None:
+def _honest(training: LabelledImages, seed: int, progress: Progress) -> tuple[nn.Module, TrainingRecord]:
     generator = rng.generator(seed)
     with rng.isolated(generator):
         model = _network()
-    record = train(model, training, RECIPE, generator=rng.spawn(generator), progress=progress)
+    return model, train(model, training, RECIPE, generator=rng.spawn(generator), progress=progress)
+
+
+def _train_clean(
+    training: LabelledImages, test: LabelledImages, out: Path, seed: int, progress: Progress
+) -> None:
+    model, record = _honest(training, seed, progress)
     save_clean(out, model, test, seed=seed, record={"training": record.describe()})
 
 
-def _scan(loaded: LoadedModel, clean: LabelledImages, seed: int, progress: Progress) -> doc.ScanDocument:
+def _calibrate(
+    training: LabelledImages, clean: LabelledImages, seed: int, progress: Progress
+) -> CalibrationSet:
+    """Score honest models of the same kind; their highest score is the threshold."""
+    scan = Scan()
+    scores: dict[str, list[float]] = {"collapse": [], "mnp": []}
+    for index in range(TWINS):
+        model, _ = _honest(training, 1000 + seed + index, silent)
+        exposure = expose(model, clean, scan.suppression, scan.statistic, generator=rng.generator(index))
+        scores["collapse"].append(Collapse(scan.suppression).judge(exposure.suppressed).score)
+        scores["mnp"].append(CorrelationRatio(scan.suppression, scan.statistic).judge(exposure).score)
+        progress("calibrate", index + 1, TWINS)
+    words = f"{TWINS} honest models trained on the same digits with other seeds"
+    detectors = {name: Calibration(tuple(values), words) for name, values in scores.items()}
+    return CalibrationSet(detectors, calibration_options(scan.suppression, scan.statistic), words)
+
+
+def _scan(
+    loaded: LoadedModel, clean: LabelledImages, scan: Scan, seed: int, progress: Progress
+) -> doc.ScanDocument:
     return scan_document(
         loaded.model,
         clean,
-        scan=Scan(),
+        scan=scan,
         info=inputs.describe_model(loaded),
         data=_data_info(clean),
         seed=seed,

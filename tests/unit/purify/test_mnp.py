@@ -82,7 +82,7 @@ def test_a_strict_guard_keeps_the_loss_and_a_lax_one_takes_all_candidates() -> N
 def test_the_default_guard_holds_the_clean_accuracy() -> None:
     result = purify(QUICK)
     walk = result.diagnostics["walk"]
-    assert len(walk) == round(0.05 * 96)
+    assert len(walk) == round(0.15 * 96)
     assert accuracy_of(result.model, CLEAN) >= accuracy_of(PLANTED.model, CLEAN) - 0.02 - 1e-9
     assert sum(step["removed"] for step in walk) == removed(result)
     json.dumps(dict(result.diagnostics))
