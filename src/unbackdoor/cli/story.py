@@ -93,6 +93,7 @@ def tell(out: Path, *, seed: int, progress: Progress, say: Callable[[str], None]
     documents += [job.document, _scan(purified, defence, scan, seed, progress)]
     show.finish(documents[-1], as_json=False, report=None)
 
+    say("   Traces of a dead trigger can still be flagged; whether it is dead, only its owner can measure.")
     say("5. Only the laboratory knows the trigger. What it did before and after:")
     for label, loaded in (("infected, before", suspect), ("infected, purified", purified)):
         documents.append(_evaluate(loaded, infected, unseen, label))
