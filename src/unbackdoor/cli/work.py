@@ -52,7 +52,7 @@ ADVICE = {
 PURIFY_LIMITS = (
     "Whether a backdoor was there, and whether it is gone, cannot be seen from clean images alone; scan the "
     "purified model again.",
-    "Backdoors trained in with very few poisoned images were seen to survive pruning.",
+    "Backdoors trained in with very few poisoned images may survive pruning.",
     "A purified model can be infected again by fine-tuning on poisoned images.",
 )
 

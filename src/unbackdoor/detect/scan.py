@@ -25,7 +25,7 @@ Verdict = Literal["backdoored", "clean", "inconclusive"]
 LIMITS = (
     "A clean verdict means that this scan found no evidence, not that there is no backdoor.",
     "Suppression exposes backdoors that were trained in with a high share of poisoned images; small "
-    "patches at a poison rate of 2 % and less were seen to escape it.",
+    "patches at a low poison rate are expected to escape it, and were not measured.",
     "Backdoors with several triggers and targets at once, and attackers who know this scan, were not tried.",
     "Thresholds are guaranteed only for models like those they were calibrated on.",
 )
