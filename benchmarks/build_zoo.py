@@ -85,6 +85,7 @@ def _job(values: dict[str, Any], defaults: dict[str, Any], data: str, out: Path)
         device="auto",
         half=True,
         twin=out.parent / twin if twin and (out.parent / twin / "card.json").exists() else None,
+        stem=values.get("stem", defaults.get("stem", "3x3")),
     )
 
 

@@ -60,6 +60,7 @@ class Job:
     paper: bool = False
     half: bool = False
     twin: Path | None = None
+    stem: str = "3x3"
 
     def describe(self) -> dict[str, Any]:
         """Return JSON values, without where things are and the device."""
@@ -76,6 +77,7 @@ class Job:
         parts += ["--test-split", self.test_split]
         parts += ["--limit", str(self.limit)] if self.limit else []
         parts += ["--image-size", str(self.image_size)] if self.image_size else []
+        parts += ["--stem", self.stem] if self.stem != "3x3" else []
         parts += ["--paper"] if self.paper else []
         parts += ["--half"] if self.half else []
         for assignment in self.settings:
@@ -254,6 +256,7 @@ def _network(job: Job, data: LabelledImages) -> nn.Module:
     options = {"num_classes": data.num_classes}
     if not architecture.is_user_code:
         options |= {"width": job.width, "in_channels": channels}
+        options |= {"stem": job.stem} if job.stem != "3x3" else {}
     network = architecture.build(**options)
     if job.normalize != "none":
         if job.normalize not in PRESETS:
