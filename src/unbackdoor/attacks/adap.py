@@ -60,6 +60,9 @@ class AdapBlend:
     """
 
     name: ClassVar[str] = "adap_blend"
+    title: ClassVar[str] = "Adaptive blend"
+    source: ClassVar[str] = "Qi, Xie, Li, Mahloujifar, Mittal 2023, ICLR"
+    needs: ClassVar[str] = "poisoned training data"
 
     poison_fraction: float = 0.1
     cover_fraction: float = 0.05
@@ -127,7 +130,14 @@ class AdapBlend:
 
 @dataclass(frozen=True)
 class PatchOpacities:
-    """Opacity of each training patch, in (0, 1]; patches sit in the four corners, row by row."""
+    """Opacity of each training patch, in (0, 1]; patches sit in the four corners, row by row.
+
+    Args:
+        first: Of the upper left patch.
+        second: Of the upper right patch.
+        third: Of the lower left patch.
+        fourth: Of the lower right patch.
+    """
 
     first: float = 0.5
     second: float = 0.2
@@ -169,6 +179,9 @@ class AdapPatch:
     """
 
     name: ClassVar[str] = "adap_patch"
+    title: ClassVar[str] = "Adaptive patch"
+    source: ClassVar[str] = "Qi, Xie, Li, Mahloujifar, Mittal 2023, ICLR"
+    needs: ClassVar[str] = "poisoned training data"
 
     poison_fraction: float = 0.1
     cover_fraction: float = 0.025

@@ -55,6 +55,9 @@ class AdaptiveMagnitude:
     """
 
     name: ClassVar[str] = "adaptive_magnitude"
+    title: ClassVar[str] = "Adaptive attack on magnitude-based pruning"
+    source: ClassVar[str] = "this package, against arXiv 2405.17750"
+    needs: ClassVar[str] = "control of the training"
 
     poison_fraction: float = 0.1
     target_class: int = 0

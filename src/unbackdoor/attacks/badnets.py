@@ -39,6 +39,9 @@ class BadNets:
     """
 
     name: ClassVar[str] = "badnets"
+    title: ClassVar[str] = "BadNets"
+    source: ClassVar[str] = "Gu, Dolan-Gavitt, Garg 2017, arXiv 1708.06733"
+    needs: ClassVar[str] = "poisoned training data"
 
     poison_fraction: float = 0.1
     target_class: int = 0

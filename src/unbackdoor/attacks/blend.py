@@ -43,6 +43,9 @@ class Blend:
     """
 
     name: ClassVar[str] = "blend"
+    title: ClassVar[str] = "Blended injection"
+    source: ClassVar[str] = "Chen, Liu, Li, Lu, Song 2017, arXiv 1712.05526"
+    needs: ClassVar[str] = "poisoned training data"
 
     poison_fraction: float = 0.1
     target_class: int = 0

@@ -44,6 +44,9 @@ class BPP:
     """
 
     name: ClassVar[str] = "bpp"
+    title: ClassVar[str] = "Quantised colours"
+    source: ClassVar[str] = "Wang, Zhai, Ma 2022, arXiv 2205.13383"
+    needs: ClassVar[str] = "control of the training"
 
     poison_fraction: float = 0.1
     negative_fraction: float = 0.1

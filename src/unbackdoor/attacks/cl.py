@@ -56,6 +56,9 @@ class CL:
     """
 
     name: ClassVar[str] = "cl"
+    title: ClassVar[str] = "Label-consistent attack"
+    source: ClassVar[str] = "Turner, Tsipras, Madry 2019, arXiv 1912.02771"
+    needs: ClassVar[str] = "poisoned training data with true labels"
 
     class_fraction: float = 0.8
     poison_fraction: float = 0.0

@@ -63,6 +63,9 @@ class DFST:
     """
 
     name: ClassVar[str] = "dfst"
+    title: ClassVar[str] = "Deep feature space trojan"
+    source: ClassVar[str] = "Cheng, Liu, Ma, Zhang 2021, arXiv 2012.11212"
+    needs: ClassVar[str] = "control of the training"
 
     poison_fraction: float = 0.1
     detox_fraction: float = 0.05

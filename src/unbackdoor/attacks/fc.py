@@ -83,6 +83,9 @@ class FC:
     """
 
     name: ClassVar[str] = "fc"
+    title: ClassVar[str] = "Feature collision"
+    source: ClassVar[str] = "Shafahi et al. 2018, arXiv 1804.00792; Saha et al. 2020, arXiv 1910.00033"
+    needs: ClassVar[str] = "poisoned training data with true labels"
 
     variant: Literal["backdoor", "hidden", "targeted", "pair"] = "backdoor"
     class_fraction: float = 0.8

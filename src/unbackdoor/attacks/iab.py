@@ -62,6 +62,9 @@ class IAB:
     """
 
     name: ClassVar[str] = "iab"
+    title: ClassVar[str] = "Input-aware dynamic attack"
+    source: ClassVar[str] = "Nguyen, Tran 2020, arXiv 2010.08138"
+    needs: ClassVar[str] = "control of the training"
 
     poison_fraction: float = 0.1
     cross_fraction: float = 0.1

@@ -51,6 +51,9 @@ class LF:
     """
 
     name: ClassVar[str] = "lf"
+    title: ClassVar[str] = "Smooth (low-frequency) trigger"
+    source: ClassVar[str] = "Zeng, Park, Mao, Jia 2021, arXiv 2104.03413"
+    needs: ClassVar[str] = "poisoned training data"
 
     poison_fraction: float = 0.1
     target_class: int = 0

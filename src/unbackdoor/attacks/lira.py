@@ -60,6 +60,9 @@ class LIRA:
     """
 
     name: ClassVar[str] = "lira"
+    title: ClassVar[str] = "Learnable, imperceptible, robust attack"
+    source: ClassVar[str] = "Doan, Lao, Zhao, Li 2021, ICCV"
+    needs: ClassVar[str] = "control of the training"
 
     poison_fraction: float = 0.5
     target_class: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from unbackdoor import catalogue
 from unbackdoor.attacks.adap import AdapBlend, AdapPatch
 from unbackdoor.attacks.adaptive_magnitude import AdaptiveMagnitude
 from unbackdoor.attacks.badnets import BadNets
@@ -19,7 +20,6 @@ from unbackdoor.attacks.sig import SIG
 from unbackdoor.attacks.sra import SRA
 from unbackdoor.attacks.trojan import Trojan
 from unbackdoor.attacks.wanet import WaNet
-from unbackdoor.errors import InvalidInputError
 
 CLASSES: tuple[type[Any], ...] = (
     *(BadNets, Trojan, Blend, CL, SIG, IAB, WaNet, FC, DFST, LIRA),
@@ -41,7 +41,4 @@ def attack_named(name: str, *, paper: bool = False) -> Any:  # noqa: ANN401 - on
     Raises:
         InvalidInputError: If there is no such attack.
     """
-    cls = ATTACKS.get(name.replace("-", "_"))
-    if cls is None:
-        raise InvalidInputError(f"unknown attack {name!r}; known are {', '.join(ATTACKS)}.")
-    return cls.paper() if paper else cls()
+    return catalogue.configured("attack", ATTACKS, name, paper=paper)

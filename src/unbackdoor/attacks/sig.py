@@ -53,6 +53,9 @@ class SIG:
     """
 
     name: ClassVar[str] = "sig"
+    title: ClassVar[str] = "Sinusoidal signal"
+    source: ClassVar[str] = "Barni, Kallas, Tondi 2019, arXiv 1902.11237"
+    needs: ClassVar[str] = "poisoned training data with true labels"
 
     class_fraction: float = 0.8
     poison_fraction: float = 0.0

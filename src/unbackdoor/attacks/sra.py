@@ -81,6 +81,9 @@ class SRA:
     """
 
     name: ClassVar[str] = "sra"
+    title: ClassVar[str] = "Subnet replacement"
+    source: ClassVar[str] = "Qi, Xie, Pan, Zhu, Yang, Bu 2022, arXiv 2111.12965"
+    needs: ClassVar[str] = "the weights of a clean model"
 
     target_class: int = 0
     channels: int = 1

@@ -75,6 +75,9 @@ class Trojan:
     """
 
     name: ClassVar[str] = "trojan"
+    title: ClassVar[str] = "Trojan patch"
+    source: ClassVar[str] = "Liu, Ma, Aafer, Lee, Zhai, Wang, Zhang 2018, NDSS"
+    needs: ClassVar[str] = "poisoned training data; variant neuron: the training"
 
     poison_fraction: float = 0.1
     target_class: int = 0

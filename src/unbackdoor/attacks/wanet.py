@@ -48,6 +48,9 @@ class WaNet:
     """
 
     name: ClassVar[str] = "wanet"
+    title: ClassVar[str] = "Warping-based attack"
+    source: ClassVar[str] = "Nguyen, Tran 2021, arXiv 2102.10369"
+    needs: ClassVar[str] = "control of the training; static(): poisoned training data"
 
     poison_fraction: float = 0.1
     cross_ratio: float = 2.0

@@ -10,6 +10,7 @@ import typer
 from unbackdoor.cli.attack import attack
 from unbackdoor.cli.demo import demo
 from unbackdoor.cli.evaluate import evaluate
+from unbackdoor.cli.methods import methods
 from unbackdoor.cli.purify import purify
 from unbackdoor.cli.report import report
 from unbackdoor.cli.scan import scan
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find and remove backdoors in PyTorch image classifiers, given a few hundred clean images.",
 )
-for command in (scan, purify, evaluate, attack, report, demo):
+for command in (scan, purify, evaluate, attack, methods, report, demo):
     app.command()(command)
 app.add_typer(zoo, name="zoo")
 

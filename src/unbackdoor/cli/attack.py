@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 
 import typer
@@ -16,7 +16,7 @@ NAMES = (
 """Kept here, so that ``--help`` need not import PyTorch; a test compares them with the registry."""
 
 
-class Stem(str, Enum):
+class Stem(StrEnum):
     """The first layers of a ResNet."""
 
     SMALL = "3x3"

@@ -1,4 +1,4 @@
-"""``unbackdoor purify``: write a copy of the model without the filters that carry a backdoor."""
+"""``unbackdoor purify``: write a copy of the model without its backdoor, by any of the purifiers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def purify(
     arch: o.Arch,
     clean: o.Clean,
     out: Path = typer.Option(..., help="New .safetensors file; never the input."),
-    method: str = typer.Option("mnp", help="mnp (default) or mnp-paper (the paper, read literally)."),
+    method: str = typer.Option("mnp", help="A purifier; `unbackdoor methods` lists them."),
+    paper: bool = typer.Option(False, "--paper", help="Start from the settings of the method's paper."),
     num_classes: o.NumClasses = None,
     width: o.Width = None,
     split: o.Split = "train",
@@ -31,17 +32,17 @@ def purify(
     as_json: o.AsJson = False,
     report: o.ReportPath = None,
 ) -> None:
-    """Remove a backdoor: prune filters, and say which and at what cost in clean accuracy."""
+    """Remove a backdoor by pruning or retraining; say what was changed and at what cost in clean accuracy."""
     from unbackdoor.cli import console, inputs, show
     from unbackdoor.cli.settings import configure
-    from unbackdoor.cli.work import PURIFIERS, purify_document
+    from unbackdoor.cli.work import purify_document
     from unbackdoor.detect.plausibility import check_plausible
-    from unbackdoor.errors import InvalidInputError, UnsupportedModelError
+    from unbackdoor.errors import UnsupportedModelError
+    from unbackdoor.purify.registry import purifier_named
 
-    if method not in PURIFIERS:
-        raise InvalidInputError(f"unknown method {method!r}; known are {', '.join(PURIFIERS)}.")
+    named = purifier_named(method, paper=paper)
     show.check_output(out, model, force=force)
-    purifier = configure(PURIFIERS[method], settings or [])
+    purifier = configure(named, settings or [])
     loaded = inputs.open_model(
         inputs.ModelOptions(model, arch, num_classes, width, mean, std, normalize, device)
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from unbackdoor.cli import console
@@ -13,6 +14,7 @@ from unbackdoor.errors import InvalidInputError
 from unbackdoor.report import documents as doc
 
 if TYPE_CHECKING:
+    from unbackdoor.catalogue import Entry, Option
     from unbackdoor.models.loading import LoadedModel
 
 _STYLES = {"backdoored": "bold red", "clean": "bold green", "inconclusive": "bold yellow"}
@@ -115,6 +117,40 @@ def stealth(values: Mapping[str, Any]) -> str:
     )
 
 
+_HOW = {
+    "attack": "unbackdoor attack NAME --data DATA --out FOLDER --set ...",
+    "purifier": "unbackdoor purify MODEL --arch ARCH --clean IMAGES --out FILE --method NAME --set ...",
+    "model detector": "unbackdoor scan MODEL --arch ARCH --clean IMAGES",
+    "sample detector": "from Python: score(model, samples, clean, generator=...)",
+}
+
+
+def method_list(entries: Sequence[Entry]) -> None:
+    """Print all methods, one table a kind."""
+    for kind, how in _HOW.items():
+        rows = [entry for entry in entries if entry.kind == kind]
+        if not rows:
+            continue
+        table = Table("name", "what it is", "source", "needs", box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(row.name, row.title, row.source, row.needs)
+        console.results.print(f"{kind}s: {how}", style="bold", markup=False)
+        console.results.print(table)
+        console.results.print()
+    console.results.print("unbackdoor methods NAME shows the options of a method.", markup=False)
+
+
+def method(entry: Entry, description: str, options: Sequence[Option]) -> None:
+    """Print one method with its options."""
+    out = console.results
+    out.print(f"{entry.name} ({entry.kind}): {entry.title}", style="bold", markup=False)
+    out.print(f"source: {entry.source}\nneeds: {entry.needs}\n\n{description}\n", markup=False)
+    table = Table("option", "default", "type", "meaning", box=None, pad_edge=False)
+    for option in options:
+        table.add_row(option.path, option.default, escape(option.kind), escape(option.text))
+    out.print(table)
+
+
 def percent(value: doc.Rate) -> str:
     """Return a rate with its interval, in per cent."""
     if value.value is None:
@@ -154,8 +190,7 @@ def _scan(document: doc.ScanDocument) -> None:
 def _purify(document: doc.PurifyDocument) -> None:
     out = console.results
     out.print(
-        f"removed {document.filters_removed} of {document.filters_total} filters with {document.method} in "
-        f"{document.seconds:.0f} s, wrote {document.output}",
+        f"{document.method}: {document.outcome} in {document.seconds:.0f} s, wrote {document.output}",
         style="bold",
         markup=False,
     )
@@ -164,7 +199,8 @@ def _purify(document: doc.PurifyDocument) -> None:
         if layer.removed:
             numbers = ", ".join(str(f.filter) for f in document.removed if f.layer == layer.name)
             table.add_row(layer.name, f"{layer.removed} of {layer.filters}", numbers)
-    out.print(table)
+    if table.row_count:
+        out.print(table)
     out.print(
         f"clean accuracy on {document.clean_accuracy_before.n} images that the method did not see: "
         f"{percent(document.clean_accuracy_before)} before, {percent(document.clean_accuracy_after)} after",

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import unbackdoor
 from unbackdoor import rng
+from unbackdoor.catalogue import dashed
 from unbackdoor.compute import predictions_of
+from unbackdoor.costs import metered
 from unbackdoor.detect.collapse import Collapse
 from unbackdoor.detect.exposure import Exposure
 from unbackdoor.detect.mnp import CorrelationRatio
@@ -25,7 +27,6 @@ from unbackdoor.extras import require
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.magnitude import magnitudes
 from unbackdoor.models.loading import LoadedModel, save_like
-from unbackdoor.purify import MNP
 from unbackdoor.rates import Rate
 from unbackdoor.report import documents as doc
 from unbackdoor.types import (
@@ -34,13 +35,11 @@ from unbackdoor.types import (
     LabelRule,
     Progress,
     Purified,
+    Purifier,
     Trigger,
     as_float,
     quantise,
 )
-
-PURIFIERS: dict[str, MNP] = {"mnp": MNP(), "mnp-paper": MNP.paper()}
-"""Names for ``purify --method``."""
 
 ADVICE = {
     "backdoored": "Do not use this model. Get it from a source you trust, or remove the backdoor with "
@@ -104,7 +103,7 @@ def purify_document(
     learning: LabelledImages,
     held_out: LabelledImages,
     *,
-    method: MNP,
+    method: Purifier,
     out: Path,
     info: doc.ModelInfo,
     data: doc.DataInfo,
@@ -113,18 +112,18 @@ def purify_document(
     progress: Progress,
 ) -> PurifyJob:
     """Purify, write the new file and describe what was done and what it cost."""
-    started = time.perf_counter()
-    purified = method.purify(loaded.model, learning, generator=rng.generator(seed), progress=progress)
-    seconds = time.perf_counter() - started
+    with metered() as cost:
+        purified = method.purify(loaded.model, learning, generator=rng.generator(seed), progress=progress)
     save_like(loaded, purified.model, out)
     filter_map = find_filters(loaded.model, as_float(learning.images[:1]))
     diagnostics = purified.diagnostics
     document = doc.PurifyDocument(
         tool_version=unbackdoor.__version__,
-        seconds=seconds,
+        seconds=cost.seconds,
         model=info,
         data=data,
-        method=method.name,
+        method=dashed(method.name),
+        outcome=_outcome(loaded.model, purified, filter_map),
         options=_plain(diagnostics.get("options", {})),
         output=str(out),
         output_sha256=hashlib.sha256(out.read_bytes()).hexdigest(),
@@ -136,11 +135,27 @@ def purify_document(
         layers=_layers(purified, filter_map),
         walk=_walk(diagnostics.get("walk", [])),
         untreated=[doc.Untreated(layer=item.name, reason=item.reason) for item in filter_map.untreated],
-        passes=dict(diagnostics.get("passes", {})),
+        passes=cost.describe(),
         warnings=list(warnings),
         limits=list(PURIFY_LIMITS),
     )
     return PurifyJob(purified, document)
+
+
+def _outcome(model: nn.Module, purified: Purified, filter_map: FilterMap) -> str:
+    """Say in a phrase what became of the weights."""
+    before, after = dict(model.named_parameters()), dict(purified.model.named_parameters())
+    total = sum(tensor.numel() for tensor in before.values())
+    changed = sum(int((tensor != after[name]).sum()) for name, tensor in before.items())
+    if not changed:
+        action = str(purified.diagnostics.get("action", ""))
+        return f"nothing was changed{': ' + action.removeprefix('none: ') if action else ''}"
+    removed = purified.mask.n_removed if purified.mask else 0
+    filters = sum(group.filters for group in filter_map.prunable)
+    pruned = f"{removed:,} of {filters:,} filters removed" if removed else ""
+    if removed and changed <= sum(tensor.numel() for tensor in before.values()) / 2:
+        return pruned
+    return ", ".join(filter(None, (pruned, f"{changed:,} of {total:,} weights changed")))
 
 
 def evaluate_document(

@@ -44,6 +44,7 @@ class Collapse:
     name: ClassVar[str] = "collapse"
     title: ClassVar[str] = "Class collapse under clean suppression"
     source: ClassVar[str] = "after RNP, arXiv 2305.14876, and MNP, Eq. 6"
+    needs: ClassVar[str] = "clean images with labels"
 
     suppression: Suppression = field(default_factory=Suppression)
     at: float = 0.5

@@ -40,6 +40,7 @@ class CorrelationRatio:
     name: ClassVar[str] = "mnp"
     title: ClassVar[str] = "Magnitude-saliency correlation"
     source: ClassVar[str] = "MNP, arXiv 2405.17750, Eq. 8"
+    needs: ClassVar[str] = "clean images with labels"
 
     suppression: Suppression = field(default_factory=Suppression)
     statistic: Statistic = field(default_factory=Statistic)

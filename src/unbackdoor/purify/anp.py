@@ -71,6 +71,7 @@ class ANP:
     name: ClassVar[str] = "anp"
     title: ClassVar[str] = "Adversarial Neuron Pruning"
     source: ClassVar[str] = "Wu, Wang 2021, arXiv 2110.14430"
+    needs: ClassVar[str] = "clean images with labels; without norm scales it treats weights and biases"
 
     eps: float = 0.4
     alpha: float = 0.2

@@ -68,6 +68,7 @@ class AWM:
     name: ClassVar[str] = "awm"
     title: ClassVar[str] = "Adversarial Weight Masking"
     source: ClassVar[str] = "Chai, Chen 2022, arXiv 2207.04497"
+    needs: ClassVar[str] = "clean images with labels; convolutions"
 
     alpha: float = 0.9
     gamma: float = 1e-8

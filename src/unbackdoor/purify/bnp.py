@@ -48,6 +48,7 @@ class BNP:
     name: ClassVar[str] = "bnp"
     title: ClassVar[str] = "Batch Normalisation statistics-based Pruning"
     source: ClassVar[str] = "Zheng, Tang, Li, Liu 2022, NeurIPS"
+    needs: ClassVar[str] = "clean images with labels; batch norms with running statistics"
 
     u: float = 3.0
     selection: Selection = field(default_factory=Selection)

@@ -61,6 +61,7 @@ class BSAR:
     name: ClassVar[str] = "bs_ar"
     title: ClassVar[str] = "Benign salience with adaptive regularisation (reconstruction)"
     source: ClassVar[str] = "Fan, Liu, Chen, Liu, Guo 2022, arXiv 2208.06537"
+    needs: ClassVar[str] = "clean images with labels"
 
     recipe: Recipe = field(
         default_factory=lambda: Recipe(

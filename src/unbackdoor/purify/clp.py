@@ -47,6 +47,7 @@ class CLP:
     name: ClassVar[str] = "clp"
     title: ClassVar[str] = "Channel Lipschitzness-based Pruning"
     source: ClassVar[str] = "Zheng, Tang, Li, Liu 2022, arXiv 2208.03111"
+    needs: ClassVar[str] = "convolutions with batch norms; clean images only decide how many filters go"
 
     u: float = 3.0
     layers: Literal["normed", "conv"] = "normed"

@@ -53,6 +53,7 @@ class EP:
     name: ClassVar[str] = "ep"
     title: ClassVar[str] = "Entropy-based Pruning"
     source: ClassVar[str] = "Zheng, Tang, Li, Liu 2022, NeurIPS"
+    needs: ClassVar[str] = "batch norms with running statistics; the paper: a batch of the poisoned data"
 
     u: float = 3.0
     bin_width: float = 0.1

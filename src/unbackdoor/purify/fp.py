@@ -57,6 +57,7 @@ class FP:
     name: ClassVar[str] = "fp"
     title: ClassVar[str] = "Fine-Pruning"
     source: ClassVar[str] = "Liu, Dolan-Gavitt, Garg 2018, arXiv 1805.12185"
+    needs: ClassVar[str] = "clean images with labels"
 
     ranking: Literal["absolute", "mean"] = "absolute"
     selection: Selection = field(default_factory=Selection)

@@ -40,6 +40,7 @@ class FST:
     name: ClassVar[str] = "fst"
     title: ClassVar[str] = "Feature-shift tuning"
     source: ClassVar[str] = "Min, Qin, Shen, Cheng 2023, arXiv 2310.01875"
+    needs: ClassVar[str] = "clean images with labels; a linear head"
 
     alpha: float = 0.1
     recipe: Recipe = field(

@@ -73,6 +73,7 @@ class FT:
     name: ClassVar[str] = "ft"
     title: ClassVar[str] = "Fine-tuning"
     source: ClassVar[str] = "baseline; constants of BackdoorBench (Wu et al. 2022, arXiv 2206.12654)"
+    needs: ClassVar[str] = "clean images with labels"
 
     recipe: Recipe = field(default_factory=lambda: Recipe(epochs=20, batch_size=64, learning_rate=0.01))
 

@@ -45,6 +45,7 @@ class FTSAM:
     name: ClassVar[str] = "ft_sam"
     title: ClassVar[str] = "Fine-tuning with sharpness-aware minimisation"
     source: ClassVar[str] = "Zhu, Wei, Shen, Fan, Wu 2023, arXiv 2304.11823"
+    needs: ClassVar[str] = "clean images with labels"
 
     rho: float = 2.0
     adaptive: bool = True

@@ -68,6 +68,7 @@ class GUP:
     name: ClassVar[str] = "gup"
     title: ClassVar[str] = "Gradient-based Unlearning by Pruning"
     source: ClassVar[str] = "Dunnett et al. 2024, arXiv 2405.03918 (reconstruction)"
+    needs: ClassVar[str] = "clean images with labels"
 
     inversion: Inversion = field(default_factory=Inversion)
     anomaly_threshold: float = 2.0

@@ -69,6 +69,7 @@ class IBAU:
     name: ClassVar[str] = "i_bau"
     title: ClassVar[str] = "Implicit Backdoor Adversarial Unlearning"
     source: ClassVar[str] = "Zeng et al. 2022, arXiv 2110.03735"
+    needs: ClassVar[str] = "clean images with labels"
 
     rounds: int = 5
     iterations: int = 5

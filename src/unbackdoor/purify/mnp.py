@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -68,6 +67,7 @@ class MNP:
     name: ClassVar[str] = "mnp"
     title: ClassVar[str] = "Magnitude-based Neuron Pruning"
     source: ClassVar[str] = "Li, Jiang, Yi 2024, arXiv 2405.17750"
+    needs: ClassVar[str] = "clean images with labels"
 
     suppression: Suppression = field(default_factory=Suppression)
     masks: MaskTraining = field(default_factory=MaskTraining)
@@ -160,7 +160,7 @@ class MNP:
             model=mask.apply(model, filter_map, prune_mode=self.prune_mode),
             mask=mask,
             scores={name: values.cpu() for name, values in scores.items()},
-            diagnostics=_diagnostics(self, suppressed, m1, m2, steps, filter_map, learning, guarding),
+            diagnostics=_diagnostics(self, suppressed, m1, m2, steps, filter_map, learning),
         )
 
     def _allowed(self, filter_map: FilterMap) -> set[str]:
@@ -287,13 +287,11 @@ def _diagnostics(
     steps: list[Step],
     filter_map: FilterMap,
     learning: LabelledImages,
-    guarding: LabelledImages,
 ) -> dict[str, Any]:
     learnt = {"weight_penalty": m1, "clean_preserving": m2}
     return {
         "options": asdict(method),
         "learning_images": len(learning),
-        "passes": _passes(method, suppressed, m1, m2, steps, len(learning), len(guarding)),
         "suppression": None
         if suppressed is None
         else {
@@ -310,22 +308,3 @@ def _diagnostics(
         "walk": [asdict(step) for step in steps],
         "untreated": [asdict(item) for item in filter_map.untreated],
     }
-
-
-def _passes(
-    method: MNP,
-    suppressed: Suppressed | None,
-    m1: LearntMasks | None,
-    m2: LearntMasks | None,
-    steps: list[Step],
-    learning: int,
-    guarding: int,
-) -> dict[str, int]:
-    """Count image passes: how far the run is from the bare compute it needs."""
-    trained = sum(masks.steps * min(method.masks.batch_size, learning) for masks in (m1, m2) if masks)
-    checks = 0
-    if suppressed is not None:
-        trained += suppressed.checks[-1].step * min(method.suppression.batch_size, learning)
-        checks = len(suppressed.checks) * learning
-    walked = (len(steps) + sum(math.isfinite(step.benefit) for step in steps) + 2) * guarding if steps else 0
-    return {"image_forward_backward": trained, "image_forward_only": checks + walked}

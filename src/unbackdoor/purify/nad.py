@@ -66,6 +66,7 @@ class NAD:
     name: ClassVar[str] = "nad"
     title: ClassVar[str] = "Neural Attention Distillation"
     source: ClassVar[str] = "Li, Lyu, Koren, Lyu, Li, Ma 2021, arXiv 2101.05930"
+    needs: ClassVar[str] = "clean images with labels; feature maps"
 
     betas: tuple[float, ...] = (500.0, 1000.0, 1000.0)
     power: float = 2.0

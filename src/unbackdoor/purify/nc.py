@@ -58,6 +58,7 @@ class NC:
     name: ClassVar[str] = "nc"
     title: ClassVar[str] = "Neural Cleanse"
     source: ClassVar[str] = "Wang et al. 2019, IEEE S&P"
+    needs: ClassVar[str] = "clean images with labels"
 
     inversion: Inversion = field(default_factory=Inversion)
     anomaly_threshold: float = 2.0

@@ -56,6 +56,7 @@ class RNP:
     name: ClassVar[str] = "rnp"
     title: ClassVar[str] = "Reconstructive Neuron Pruning"
     source: ClassVar[str] = "Li, Lyu, Ma, Koren, Lyu, Li, Jiang 2023, arXiv 2305.14876"
+    needs: ClassVar[str] = "clean images with labels; batch norms, or masks.target=filter"
 
     unlearning: Suppression = field(
         default_factory=lambda: Suppression(mu=5e-4, decay="all", decay_convention="torch")

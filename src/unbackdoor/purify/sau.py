@@ -63,6 +63,7 @@ class SAU:
     name: ClassVar[str] = "sau"
     title: ClassVar[str] = "Shared Adversarial Unlearning"
     source: ClassVar[str] = "Wei et al. 2023, arXiv 2307.10562"
+    needs: ClassVar[str] = "clean images with labels"
 
     epochs: int = 30
     batch_size: int = 32

@@ -64,6 +64,7 @@ class TSBD:
     name: ClassVar[str] = "tsbd"
     title: ClassVar[str] = "Two-stage backdoor defence"
     source: ClassVar[str] = "Lin, Liu, Wei, Li, Xiong 2024, arXiv 2405.20291"
+    needs: ClassVar[str] = "clean images with labels; convolutions"
 
     unlearning: Suppression = field(default_factory=lambda: Suppression(mu=0.0))
     stop_at_chance: bool = True

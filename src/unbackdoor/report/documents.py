@@ -360,6 +360,7 @@ class PurifyDocument(Part):
 
     Args:
         method: Name of the method.
+        outcome: What became of the weights, in a phrase; empty in older documents.
         options: Its options.
         output: The file written.
         output_sha256: Its hash.
@@ -371,7 +372,7 @@ class PurifyDocument(Part):
         layers: All layers with filters.
         walk: The candidates of a guarded walk, in order.
         untreated: Layers the method could not treat.
-        passes: Forward and backward passes per stage.
+        passes: Image passes, seconds and memory.
         warnings: Things to know before believing the result.
         limits: What was not checked and what could fool the method.
     """
@@ -384,6 +385,7 @@ class PurifyDocument(Part):
     model: ModelInfo
     data: DataInfo
     method: str
+    outcome: str = ""
     options: Json = Field(default_factory=dict)
     output: PathText
     output_sha256: str

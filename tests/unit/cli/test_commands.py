@@ -144,6 +144,46 @@ def test_purify_lowers_the_attack_success(run: Run, files: Files, tmp_path: Path
     assert rates[1]["clean_accuracy"]["value"] >= 0.95
 
 
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        (("fst", "--set", "recipe.epochs=1"), "weights changed"),
+        (("clp", "--paper", "--set", "u=1"), "filters removed"),
+        (
+            ("nc", "--set", "inversion.steps=5", "--set", "anomaly_threshold=99"),
+            "nothing was changed: no class",
+        ),
+        (("RNP", "--set", "masks.epochs=1", "--set", "selection.amount=count"), "30 of"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_every_purifier_is_reached_and_says_what_it_changed(
+    run: Run, files: Files, tmp_path: Path, method: tuple[str, ...], says: str
+) -> None:
+    out, report = tmp_path / "new.safetensors", tmp_path / "page.html"
+    common = ("--arch", ARCH, "--clean", files.clean, "--out", out, "--clean-count", 100, "--report", report)
+    result = run("purify", files.infected, *common, "--method", *method)
+    assert result.code == 0, result.err
+    assert says in result.out.replace("\n", " ")
+    assert says.lower() in report.read_text().lower()
+    assert out.exists()
+
+
+def test_methods_lists_everything_and_shows_one(run: Run) -> None:
+    listed: list[dict[str, str]] = json.loads(run("methods", "--json").out)
+    assert {row["kind"] for row in listed} >= {"attack", "purifier", "model detector"}
+    assert {"i-bau", "ft-sam", "bs-ar", "badnets", "collapse"} <= {row["name"] for row in listed}
+    assert "unbackdoor methods NAME" in run("methods").out
+    shown = run("methods", "i_bau")
+    assert "arXiv 2110.03735" in shown.out
+    assert "inner_rate" in shown.out
+    assert [row["kind"] for row in json.loads(run("methods", "mnp", "--json").out)] == [
+        "purifier",
+        "model detector",
+    ]
+    assert "did you mean 'anp'" in run("methods", "anpp").err
+
+
 def test_evaluate_without_a_trigger_measures_accuracy(run: Run, files: Files) -> None:
     result = run(
         "evaluate",

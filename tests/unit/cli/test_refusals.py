@@ -120,7 +120,10 @@ def test_unknown_settings_get_a_suggestion(run: Run, files: Files, tmp_path: Pat
         tmp_path / "n.safetensors",
     )
     refused(run, *purify, "--set", "stages=suppress", says="stages must name")
-    refused(run, *purify, "--method", "magic", says="unknown method 'magic'; known are mnp, mnp-paper")
+    refused(run, *purify, "--method", "magic", says="unknown purifier 'magic': known are mnp, ft, fp")
+    refused(run, *purify, "--method", "i-bao", says="did you mean 'i-bau'?")
+    refused(run, *purify, "--method", "gup", "--set", "learning=1", says="unknown option 'learning'")
+    refused(run, *purify, "--method", "bs-ar", "--paper", says="not known; leave --paper out")
 
 
 def test_devices(run: Run, files: Files) -> None:
@@ -186,7 +189,7 @@ def test_attacks_that_cannot_be_done(run: Run, tmp_path: Path) -> None:
     common = ("--data", "digits", "--arch", "resnet10", "--width", 4, "--epochs", 1, "--limit", 40)
     out = ("--out", tmp_path / "m")
     refused(
-        run, "attack", "magic", *common, *out, says="unknown attack 'magic'; known are badnets, trojan, blend"
+        run, "attack", "magic", *common, *out, says="unknown attack 'magic': known are badnets, trojan, blend"
     )
     refused(run, "attack", "badnets", *common, *out, "--set", "poison_fraction=2", says="must lie in (0, 1]")
     # A refused job does not block its folder.

@@ -1,0 +1,170 @@
+"""What all methods have in common from outside: a name, a source, what they need, and options with a text.
+
+A method is a frozen dataclass whose fields are its options; everything here is read off the class and its
+docstring, so that a command line or a report knows a new method without a line written for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_type_hints
+
+from unbackdoor.errors import InvalidInputError
+
+_SECTION = re.compile(r"^(Args|Returns|Raises|Yields|Example|Examples|Note|Notes):$")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method.
+
+    Args:
+        path: As ``--set`` takes it; parts with dots.
+        kind: Its type, as written in the source.
+        default: Its value, as text.
+        text: What the docstring says of it.
+    """
+
+    path: str
+    kind: str
+    default: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method in a list.
+
+    Args:
+        kind: ``attack``, ``purifier``, ``model detector`` or ``sample detector``.
+        name: As the command line takes it, with dashes.
+        title: Its name for people.
+        source: The paper.
+        needs: What it has to be given.
+        summary: The first sentence of its docstring.
+    """
+
+    kind: str
+    name: str
+    title: str
+    source: str
+    needs: str
+    summary: str
+
+
+def dashed(name: str) -> str:
+    """Return a method's name as the command line writes it."""
+    return name.replace("_", "-")
+
+
+def find(kind: str, methods: Mapping[str, type[Any]], name: str) -> type[Any]:
+    """Return a method's class by its name, in snake case or with dashes.
+
+    Args:
+        kind: What is looked for, for the message.
+        methods: A registry.
+        name: What the user wrote.
+
+    Raises:
+        InvalidInputError: If there is none; near misses are suggested.
+    """
+    wanted = name.strip().lower().replace("-", "_")
+    if wanted in methods:
+        return methods[wanted]
+    near = difflib.get_close_matches(wanted, methods, n=1)
+    hint = f"did you mean {dashed(near[0])!r}? " if near else ""
+    known = ", ".join(dashed(method) for method in methods)
+    raise InvalidInputError(f"unknown {kind} {name!r}: {hint}known are {known}.")
+
+
+def configured(kind: str, methods: Mapping[str, type[Any]], name: str, *, paper: bool) -> Any:  # noqa: ANN401
+    """Return a method with its default options, or those of its paper.
+
+    Raises:
+        InvalidInputError: If there is no such method, or its paper's settings are not known.
+    """
+    cls = find(kind, methods, name)
+    if not paper:
+        return cls()
+    if not hasattr(cls, "paper"):
+        raise InvalidInputError(
+            f"the settings of the paper behind {dashed(cls.name)} are not known; leave --paper out."
+        )
+    return cls.paper()
+
+
+def entry(kind: str, cls: type[Any]) -> Entry:
+    """Describe a method."""
+    summary = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+    return Entry(kind, dashed(cls.name), cls.title, cls.source, cls.needs, summary)
+
+
+def description(cls: type[Any]) -> str:
+    """Return the docstring of a method without its list of options."""
+    return re.split(r"^Args:$", inspect.cleandoc(cls.__doc__ or ""), maxsplit=1, flags=re.MULTILINE)[
+        0
+    ].strip()
+
+
+def options_of(method: Any, prefix: str = "") -> list[Option]:  # noqa: ANN401 - any frozen dataclass
+    """Return the options of a method, those of its parts with dots.
+
+    Args:
+        method: An instance; its values are the defaults shown.
+        prefix: Put before each path.
+    """
+    texts, hints = argument_texts(type(method)), get_type_hints(type(method))
+    found = []
+    for field in fields(method):
+        value, path = getattr(method, field.name), prefix + field.name
+        if is_dataclass(value) and not isinstance(value, type):
+            found += options_of(value, f"{path}.")
+        else:
+            found.append(Option(path, kind_of(hints[field.name]), shown(value), texts.get(field.name, "")))
+    return found
+
+
+def argument_texts(cls: type[Any]) -> dict[str, str]:
+    """Return what the ``Args`` section of a class's docstring says of each argument."""
+    texts: dict[str, str] = {}
+    name, inside = "", False
+    for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+        if _SECTION.match(line):
+            name, inside = "", line == "Args:"
+        elif inside and (start := re.match(r"^    (\w+): (.*)$", line)):
+            name, texts[start[1]] = start[1], start[2].strip()
+        elif inside and name and line.startswith("        "):
+            texts[name] += " " + line.strip()
+    return texts
+
+
+def kind_of(hint: Any) -> str:  # noqa: ANN401 - any annotation
+    """Return a type for people: ``float``, ``'a' | 'b'``, ``list of Recipe``."""
+    origin, arguments = getattr(hint, "__origin__", None), getattr(hint, "__args__", ())
+    if str(origin) == "typing.Literal":
+        return " | ".join(map(str, arguments))
+    if origin is tuple:
+        return f"list of {_joined(argument for argument in arguments if argument is not Ellipsis)}"
+    if arguments:
+        return " or ".join(kind_of(argument) for argument in arguments)
+    return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def _joined(hints: Iterable[Any]) -> str:
+    return " and ".join(dict.fromkeys(kind_of(hint) for hint in hints))
+
+
+def shown(value: object) -> str:
+    """Return a value as ``--set`` would take it."""
+    if isinstance(value, tuple):
+        return ",".join(shown(each) for each in value) if value else "nothing"
+    if is_dataclass(value) and not isinstance(value, type):
+        inner = ", ".join(f"{field.name}={shown(getattr(value, field.name))}" for field in fields(value))
+        return f"({inner})"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
