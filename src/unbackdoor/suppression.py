@@ -82,6 +82,15 @@ class Suppression:
                 f"{self.budget}, {self.learning_rate} and {self.batch_size}."
             )
 
+    @staticmethod
+    def rnp(stop_accuracy: float = 0.2) -> Suppression:
+        """Return the unlearning of RNP: weight decay 5e-4 on all parameters, until CA_min.
+
+        Args:
+            stop_accuracy: CA_min.
+        """
+        return Suppression(mu=5e-4, decay="all", decay_convention="torch", stop_accuracy=stop_accuracy)
+
 
 @dataclass(frozen=True, eq=False)
 class Check:

@@ -29,7 +29,7 @@ from unbackdoor.attacks import (
     Trojan,
     WaNet,
 )
-from unbackdoor.detect import Collapse, CorrelationRatio, Scan
+from unbackdoor.detect import Collapse, CorrelationRatio, Scan, UnlearntLabel, UnlearntTrigger
 from unbackdoor.detect.calibration import Calibration
 from unbackdoor.inversion import Inversion
 from unbackdoor.masks import MaskTraining
@@ -57,7 +57,7 @@ from unbackdoor.purify.selection import Selection
 from unbackdoor.suppression import Suppression
 from unbackdoor.testing import ATTACK_CHECKS, DETECTOR_CHECKS, PURIFIER_CHECKS
 from unbackdoor.train import Recipe
-from unbackdoor.types import Attack, Detection, LabelledImages, Progress, Purifier, silent
+from unbackdoor.types import Attack, Detection, LabelledImages, ModelDetector, Progress, Purifier, silent
 
 RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=0.02, crop_padding=1, schedule="one_cycle")
 SUPPRESSION = Suppression(budget=4, batch_size=16)
@@ -216,13 +216,18 @@ PURIFIERS: dict[str, Purifier] = {
     "gup": GUP(inversion=INVERSION, recipe=RECIPE),
     "gup-own": GUP(inversion=INVERSION, selection=Selection("own"), recipe=None, prune_mode="weight"),
 }
-DETECTORS: dict[str, Collapse | CorrelationRatio | ScanDetector] = {
+DETECTORS: dict[str, ModelDetector] = {
     "collapse": Collapse(SUPPRESSION),
     "collapse-calibrated": Collapse(
         SUPPRESSION, calibration=Calibration((0.1, 0.2, 0.3), "three"), alpha=0.25
     ),
     "ratio": CorrelationRatio(SUPPRESSION),
     "difference": CorrelationRatio(SUPPRESSION, comparison="difference"),
+    "rnp-label": UnlearntLabel(SUPPRESSION),
+    "rnp-label-calibrated": UnlearntLabel(
+        replace(SUPPRESSION, stop_accuracy=1.0), Calibration((0.1, 0.2, 0.3), "three"), alpha=0.25
+    ),
+    "rnp-trigger": UnlearntTrigger(replace(SUPPRESSION, stop_accuracy=1.0), INVERSION),
     "scan": ScanDetector(Scan(suppression=SUPPRESSION)),
 }
 
@@ -242,5 +247,5 @@ def test_purifier(purifier: Purifier, check: Callable[[Any], None]) -> None:
 
 
 @pytest.mark.parametrize(("detector", "check"), pairs(DETECTORS, DETECTOR_CHECKS))
-def test_detector(detector: Collapse | CorrelationRatio, check: Callable[[Any], None]) -> None:
+def test_detector(detector: ModelDetector, check: Callable[[Any], None]) -> None:
     check(detector)

@@ -53,6 +53,26 @@ class Calibration:
         return sorted(self.scores, reverse=True)[allowed]
 
 
+def threshold_from(
+    calibration: Calibration | None,
+    alpha: float,
+    *,
+    fixed: float,
+    source: str = "a fixed value, uncalibrated",
+) -> tuple[float, str]:
+    """Return the threshold at and above which a score is flagged, and where it comes from.
+
+    Args:
+        calibration: Scores of clean models, or None.
+        alpha: False-positive rate of a calibrated threshold.
+        fixed: The threshold without a calibration.
+        source: Where that comes from.
+    """
+    if calibration is None:
+        return fixed, source
+    return math.nextafter(calibration.threshold(alpha), math.inf), calibration.description
+
+
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from unbackdoor.detect.calibration import Calibration
+from unbackdoor.detect.calibration import Calibration, threshold_from
 from unbackdoor.suppression import Check, Suppressed, Suppression, suppress
 from unbackdoor.types import Detection, LabelledImages, Progress, silent
 
@@ -68,10 +68,7 @@ class Collapse:
         """Score a suppression run that was made with this detector's options."""
         checks = suppressed.checks
         wanted = self.at * checks[0].accuracy
-        threshold, source = self.threshold, "a fixed value, uncalibrated"
-        if self.calibration is not None:
-            threshold = math.nextafter(self.calibration.threshold(self.alpha), math.inf)
-            source = self.calibration.description
+        threshold, source = threshold_from(self.calibration, self.alpha, fixed=self.threshold)
         classes = len(checks[0].confusion)
         problem = ""
         if classes < SMALLEST_CLASS_COUNT:

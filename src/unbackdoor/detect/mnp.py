@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from unbackdoor.detect.calibration import Calibration
+from unbackdoor.detect.calibration import Calibration, threshold_from
 from unbackdoor.detect.exposure import Exposure, Statistic, expose
 from unbackdoor.suppression import Suppression
 from unbackdoor.types import Detection, LabelledImages, Progress, silent
@@ -77,10 +77,8 @@ class CorrelationRatio:
             score, threshold = (1 - after / before if before else math.nan), 1 - self.delta
         else:
             score, threshold = before - after, (1 - self.delta) * before
-        source = f"the paper's delta = {self.delta:g}, uncalibrated"
-        if self.calibration is not None:
-            threshold = math.nextafter(self.calibration.threshold(self.alpha), math.inf)
-            source = self.calibration.description
+        paper = f"the paper's delta = {self.delta:g}, uncalibrated"
+        threshold, source = threshold_from(self.calibration, self.alpha, fixed=threshold, source=paper)
         return Detection(
             score=score,
             threshold=threshold,

@@ -6,9 +6,12 @@ from typing import Any
 
 from unbackdoor.detect.collapse import Collapse
 from unbackdoor.detect.mnp import CorrelationRatio
+from unbackdoor.detect.rnp import UnlearntLabel, UnlearntSample, UnlearntTrigger
 
-MODEL_DETECTORS: dict[str, type[Any]] = {cls.name: cls for cls in (Collapse, CorrelationRatio)}
+MODEL_DETECTORS: dict[str, type[Any]] = {
+    cls.name: cls for cls in (Collapse, CorrelationRatio, UnlearntLabel, UnlearntTrigger)
+}
 """By snake_case name; ``ModelDetector`` protocol, frozen dataclasses."""
 
-SAMPLE_DETECTORS: dict[str, type[Any]] = {}
+SAMPLE_DETECTORS: dict[str, type[Any]] = {cls.name: cls for cls in (UnlearntSample,)}
 """By snake_case name; ``SampleDetector`` protocol, frozen dataclasses."""

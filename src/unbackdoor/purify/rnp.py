@@ -58,9 +58,7 @@ class RNP:
     source: ClassVar[str] = "Li, Lyu, Ma, Koren, Lyu, Li, Jiang 2023, arXiv 2305.14876"
     needs: ClassVar[str] = "clean images with labels; batch norms, or masks.target=filter"
 
-    unlearning: Suppression = field(
-        default_factory=lambda: Suppression(mu=5e-4, decay="all", decay_convention="torch")
-    )
+    unlearning: Suppression = field(default_factory=Suppression.rnp)
     masks: MaskTraining = field(
         default_factory=lambda: MaskTraining(learning_rate=0.2, target="norm_scale", norm_mode="train")
     )
@@ -89,9 +87,8 @@ class RNP:
     def paper() -> RNP:
         """Return the settings of the authors' code: 20 epochs each, augmented images, masks up to 0.3."""
         return RNP(
-            unlearning=Suppression(
-                mu=5e-4, decay="all", decay_convention="torch", budget=20, unit="epoch", augment=True,
-                checks_per_epoch=1,
+            unlearning=replace(
+                Suppression.rnp(), budget=20, unit="epoch", augment=True, checks_per_epoch=1
             ),
             masks=MaskTraining(
                 learning_rate=0.2, target="norm_scale", norm_mode="train", tolerance=0.0, augment=True
