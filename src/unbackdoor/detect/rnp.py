@@ -101,9 +101,10 @@ class UnlearntTrigger:
     (Neural Cleanse, S&P 2019) finds is the backdoor's trigger rather than a feature of the class.
 
     Deviations, as the procedure is not public: the copy is read before it has collapsed, and inversion uses
-    the images that it does not send to the class anyway, since there the empty trigger works; the score is the share of clean images of other classes that the trigger sends to the class
-    *in the model itself*, times the share of the image that it leaves alone. A trigger of the copy's that is
-    large, or does nothing in the model, is no evidence.
+    the images that it does not send to the class anyway, since there the empty trigger works; the score is
+    the share of clean images of other classes that the trigger sends to the class *in the model itself*,
+    times the share of the image that it leaves alone. A trigger of the copy's that is large, or does
+    nothing in the model, is no evidence.
 
     Args:
         unlearning: How the copy is unlearnt.
@@ -191,7 +192,9 @@ class UnlearntSample:
     source: ClassVar[str] = "RNP, arXiv 2305.14876 (reconstruction)"
     needs: ClassVar[str] = "clean images with labels; the samples in question without"
 
-    unlearning: Suppression = field(default_factory=lambda: Suppression.rnp(stop_accuracy=0.4))
+    unlearning: Suppression = field(
+        default_factory=lambda: replace(Suppression.rnp(stop_accuracy=0.4), checks_per_epoch=4)
+    )
 
     def score(
         self, model: nn.Module, samples: Tensor, clean: LabelledImages, *, generator: torch.Generator

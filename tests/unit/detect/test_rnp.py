@@ -74,7 +74,7 @@ def test_the_planted_label_trigger_and_samples_are_found() -> None:
     success, l1 = found.evidence["success_on_the_model"], found.evidence["l1_pixels"]
     assert found.score == pytest.approx(success * (1 - l1 / 16**2))
     mixed = torch.cat([as_float(test.images), planted.trigger(as_float(test.images))])
-    scores = UnlearntSample().score(planted.model, mixed, clean, generator=rng.generator(0))
+    scores = UnlearntSample(slow).score(planted.model, mixed, clean, generator=rng.generator(0))
     assert scores.shape == (400,)
     eligible = torch.cat([test.labels, test.labels]) != 3
     clean_scores, triggered = scores[:200][eligible[:200]], scores[200:][eligible[200:]]
