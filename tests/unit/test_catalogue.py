@@ -7,10 +7,10 @@ import pytest
 
 from unbackdoor import catalogue
 from unbackdoor.attacks.registry import ATTACKS
-from unbackdoor.cli.settings import configure
 from unbackdoor.detect.registry import MODEL_DETECTORS, SAMPLE_DETECTORS
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.purify.registry import PURIFIERS
+from unbackdoor.settings import configure
 
 EVERY = [
     pytest.param(kind, cls, id=f"{kind}-{name}")

@@ -34,11 +34,11 @@ def purify(
 ) -> None:
     """Remove a backdoor by pruning or retraining; say what was changed and at what cost in clean accuracy."""
     from unbackdoor.cli import console, inputs, show
-    from unbackdoor.cli.settings import configure
     from unbackdoor.cli.work import purify_document
     from unbackdoor.detect.plausibility import check_plausible
     from unbackdoor.errors import UnsupportedModelError
     from unbackdoor.purify.registry import purifier_named
+    from unbackdoor.settings import configure
 
     named = purifier_named(method, paper=paper)
     show.check_output(out, model, force=force)

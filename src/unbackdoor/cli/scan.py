@@ -37,10 +37,10 @@ def scan(
     from pathlib import Path
 
     from unbackdoor.cli import console, inputs, show
-    from unbackdoor.cli.settings import configure
     from unbackdoor.cli.work import scan_document
     from unbackdoor.detect.calibration import read_calibration
     from unbackdoor.detect.scan import Scan
+    from unbackdoor.settings import configure
 
     method = configure(
         Scan(alpha=alpha, calibration=read_calibration(Path(calibration)) if calibration else None),

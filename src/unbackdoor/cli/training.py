@@ -24,13 +24,13 @@ from unbackdoor.bench.artefact import (
 from unbackdoor.bench.validity import check_infected
 from unbackdoor.bench.zoo import Entry, update_card
 from unbackdoor.cli.inputs import DataOptions, device_named, read_data
-from unbackdoor.cli.settings import configure
 from unbackdoor.data.splits import draw_balanced
 from unbackdoor.errors import InvalidInputError, MismatchedCheckpointError
 from unbackdoor.models import NormalisedModel
 from unbackdoor.models.checkpoint import read_tensors
 from unbackdoor.models.factory import resolve_architecture
 from unbackdoor.models.normalise import PRESETS
+from unbackdoor.settings import configure
 from unbackdoor.train import Recipe, train
 from unbackdoor.triggers.files import load_trigger
 from unbackdoor.types import Infected, LabelledImages, Progress

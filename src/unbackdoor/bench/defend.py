@@ -1,0 +1,209 @@
+"""Answer one cell: purify a model of a zoo, measure what is left of its backdoor, and record both."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import unbackdoor
+from unbackdoor import rng
+from unbackdoor.bench import zoo
+from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.store import Record, Store
+from unbackdoor.catalogue import options_of
+from unbackdoor.costs import metered
+from unbackdoor.data.splits import balanced_order, draw_balanced
+from unbackdoor.errors import UnbackdoorError
+from unbackdoor.evaluate import clean_accuracy, evaluate
+from unbackdoor.purify.registry import purifier_named
+from unbackdoor.reactivate import QueryAttack, Retuning
+from unbackdoor.settings import configure
+from unbackdoor.types import Infected, LabelledImages, Progress, Purified, silent
+
+ATTACKER_IMAGES = 500
+"""Images that an attacker who wants to wake a backdoor has; taken from the test set, and not tested on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What cells are answered with.
+
+    Args:
+        root: The zoo.
+        train: Where the clean images are drawn from.
+        test: What is measured on.
+    """
+
+    root: Path
+    train: LabelledImages
+    test: LabelledImages
+
+    def answer(self, cell: Cell, *, progress: Progress = silent) -> Record:
+        """Return the record of ``cell``; what the defence refuses or fails at is a record too.
+
+        Args:
+            cell: The question.
+            progress: Called during the defence.
+        """
+        record: Record = {"key": cell.key, "cell": cell.describe(), **_circumstances(), "created": _now()}
+        try:
+            return record | {"status": "ok"} | self._measure(cell, progress)
+        except UnbackdoorError as error:
+            return record | {"status": "refused", "problem": str(error)}
+        except (RuntimeError, ValueError, ArithmeticError) as error:  # one method must not end a grid
+            return record | {"status": "failed", "problem": f"{type(error).__name__}: {error}"}
+
+    def _measure(self, cell: Cell, progress: Progress) -> dict[str, Any]:
+        entry = zoo.entry_named(self.root, cell.model)
+        infected = None if entry.is_clean else zoo.load_infected(entry)
+        model = infected.model if infected else zoo.load_network(entry)
+        method = _method(cell.method, cell.paper, cell.options)
+        clean = draw_balanced(self.train, cell.clean_images, rng.generator(cell.seed))
+        with metered() as cost:
+            purified = method.purify(model, clean, generator=rng.generator(cell.seed), progress=progress)
+        test = self.test
+        if cell.test_images:
+            test = draw_balanced(test, cell.test_images, rng.generator(0))
+        result = {
+            "attack": entry.card.get("attack"),
+            "before": _rates(model, infected, test),
+            "after": _rates(purified.model, infected, test),
+            "filters_removed": purified.mask.n_removed if purified.mask else None,
+            "notes": _notes(purified),
+            "cost": cost.describe(),
+        }
+        if cell.reactivate and infected:
+            result["reactivated"] = _reactivated(purified.model, infected, test, cell.seed)
+        return result
+
+
+def cell_of(
+    entry: zoo.Entry,
+    method: str,
+    *,
+    data: str,
+    paper: bool = False,
+    options: Mapping[str, str] | None = None,
+    **rest: Any,  # noqa: ANN401 - the other fields of a cell
+) -> Cell:
+    """Return the cell of a method on a model of a zoo, with all options spelt out."""
+    configured = _method(method, paper, options or {})
+    return Cell(
+        model=entry.name,
+        model_sha256=str(entry.card["sha256"]),
+        data=data,
+        method=configured.name,
+        paper=paper,
+        options=dict(options or {}),
+        settings={option.path: option.default for option in options_of(configured)},
+        **rest,
+    )
+
+
+def _method(name: str, paper: bool, options: Mapping[str, str]) -> Any:  # noqa: ANN401
+    assignments = [f"{path}={value}" for path, value in options.items()]
+    return configure(purifier_named(name, paper=paper), assignments)
+
+
+def run(
+    bench: Bench,
+    cells: Iterable[Cell],
+    store: Store,
+    *,
+    progress: Progress = silent,
+    said: Any = print,  # noqa: ANN401 - anything that takes a line
+) -> None:
+    """Answer the cells that nobody has answered yet, in turn; others may run the same list beside.
+
+    Args:
+        bench: What they are answered with.
+        cells: The questions.
+        store: Where the records go.
+        progress: Called during each defence.
+        said: Called with a line for each new record.
+    """
+    for cell in cells:
+        if cell.key in store.records():
+            continue
+        with store.claim(cell.key) as free:
+            if not free or cell.key in store.records():
+                continue
+            record = bench.answer(cell, progress=progress)
+            store.add(record)
+        said(_line(cell, record))
+
+
+def _line(cell: Cell, record: Record) -> str:
+    what = f"{cell.model} {cell.method}{' (paper)' if cell.paper else ''} seed {cell.seed}"
+    if record["status"] != "ok":
+        return f"{what}: {record['status']}: {record['problem']}"
+    before, after = record["before"], record["after"]
+    changes = ", ".join(
+        f"{name} {100 * before[name]['value']:.2f} -> {100 * after[name]['value']:.2f}" for name in after
+    )
+    return f"{what}: {changes}; {record['cost']['seconds']:.1f} s"
+
+
+def _rates(model: nn.Module, infected: Infected | None, test: LabelledImages) -> dict[str, Any]:
+    if infected is None:
+        return {"clean_accuracy": clean_accuracy(model, test).describe()}
+    return evaluate(model, test, infected.trigger, infected.label_rule).describe()
+
+
+def _notes(purified: Purified) -> dict[str, Any]:
+    """Keep what tells one decision of a method from another, and leave its long lists out."""
+    short = (str, int, float, bool, type(None))
+    return {
+        name: value
+        for name, value in purified.diagnostics.items()
+        if isinstance(value, short) and name != "options"
+    }
+
+
+def _reactivated(model: nn.Module, infected: Infected, test: LabelledImages, seed: int) -> dict[str, Any]:
+    order = balanced_order(test.labels, rng.generator(seed))
+    count = min(ATTACKER_IMAGES, len(test) // 2)
+    attacker, rest = test.subset(order[:count]), test.subset(order[count:])
+    trigger, rule = infected.trigger, infected.label_rule
+    retuned = Retuning().run(model, attacker, rest, trigger, rule, generator=rng.generator(seed))
+    queried = QueryAttack().run(model, attacker, rest, trigger, rule, generator=rng.generator(seed))
+    return {"retuned": retuned.describe(), "queried": queried.describe()}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@cache
+def _circumstances() -> dict[str, Any]:
+    return {
+        "unbackdoor": unbackdoor.__version__,
+        "git": _git_state(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _git_state() -> str | None:
+    """Return the commit that this code is of, with ``+`` if it was changed since; None outside a checkout."""
+    try:
+        head, changed = (
+            subprocess.run(  # noqa: S603
+                ["git", "-C", str(Path(__file__).parent), *arguments],  # noqa: S607
+                capture_output=True, text=True, check=True, timeout=10,
+            ).stdout.strip()
+            for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "src"))
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if changed else "")
