@@ -64,7 +64,7 @@ def test_a_record_holds_what_was_asked_measured_and_spent(bench: Bench) -> None:
 
 
 def test_a_refusal_is_a_record(bench: Bench) -> None:
-    record = bench.answer(replace(cell(bench, "clean", "clp"), clean_images=1))
+    record = bench.answer(replace(cell(bench, "clean", "bnp"), clean_images=1))
     assert record["status"] == "refused"
     assert "at least 2" in record["problem"]
 
