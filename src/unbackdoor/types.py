@@ -370,7 +370,24 @@ class SampleDetector(Protocol):
         samples: Tensor,
         clean: LabelledImages,
         *,
+        labels: Tensor | None = None,
         generator: torch.Generator,
+        progress: Progress = silent,
     ) -> Tensor:
-        """Return float32 ``(N,)``, one score a sample; higher is more suspicious."""
+        """Score samples for a model that is left untouched.
+
+        Args:
+            model: Takes float images in [0, 1].
+            samples: uint8 or float32 ``(N, C, H, W)`` in [0, 1]: a suspect training set, or inputs.
+            clean: Clean images with labels.
+            labels: int64 ``(N,)``, the labels that came with the samples; None takes the model's answers.
+            generator: All randomness follows it; on the CPU.
+            progress: Called during the work.
+
+        Returns:
+            float32 ``(N,)`` on the CPU, one finite score a sample; higher is more suspicious.
+
+        Raises:
+            InvalidInputError: If there are no samples, too few clean images, or labels do not fit.
+        """
         ...

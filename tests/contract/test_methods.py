@@ -29,7 +29,7 @@ from unbackdoor.attacks import (
     Trojan,
     WaNet,
 )
-from unbackdoor.detect import Collapse, CorrelationRatio, Scan, UnlearntLabel, UnlearntTrigger
+from unbackdoor.detect import Collapse, CorrelationRatio, Scan, UnlearntLabel, UnlearntSample, UnlearntTrigger
 from unbackdoor.detect.calibration import Calibration
 from unbackdoor.inversion import Inversion
 from unbackdoor.masks import MaskTraining
@@ -55,15 +55,24 @@ from unbackdoor.purify import (
 )
 from unbackdoor.purify.selection import Selection
 from unbackdoor.suppression import Suppression
-from unbackdoor.testing import ATTACK_CHECKS, DETECTOR_CHECKS, PURIFIER_CHECKS
+from unbackdoor.testing import ATTACK_CHECKS, DETECTOR_CHECKS, PURIFIER_CHECKS, SAMPLE_DETECTOR_CHECKS
 from unbackdoor.train import Recipe
-from unbackdoor.types import Attack, Detection, LabelledImages, ModelDetector, Progress, Purifier, silent
+from unbackdoor.types import (
+    Attack,
+    Detection,
+    LabelledImages,
+    ModelDetector,
+    Progress,
+    Purifier,
+    SampleDetector,
+    silent,
+)
 
 RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=0.02, crop_padding=1, schedule="one_cycle")
 SUPPRESSION = Suppression(budget=4, batch_size=16)
 MASKS = MaskTraining(epochs=2, batch_size=16)
 INVERSION = Inversion(steps=4, round_steps=2, batch_size=8, success=0.01)
-QUICK = MNP(suppression=SUPPRESSION, masks=MASKS)
+QUICK = MNP(suppression=SUPPRESSION, masks=MASKS, inversion=INVERSION)
 
 
 @dataclass(frozen=True)
@@ -231,6 +240,10 @@ DETECTORS: dict[str, ModelDetector] = {
     "scan": ScanDetector(Scan(suppression=SUPPRESSION)),
 }
 
+SAMPLE_DETECTORS: dict[str, SampleDetector] = {
+    "rnp-sample": UnlearntSample(SUPPRESSION),
+}
+
 
 def pairs(methods: dict[str, Any], checks: dict[str, Callable[[Any], None]]) -> list[Any]:
     return [pytest.param(m, c, id=f"{n}-{k}") for n, m in methods.items() for k, c in checks.items()]
@@ -248,4 +261,9 @@ def test_purifier(purifier: Purifier, check: Callable[[Any], None]) -> None:
 
 @pytest.mark.parametrize(("detector", "check"), pairs(DETECTORS, DETECTOR_CHECKS))
 def test_detector(detector: ModelDetector, check: Callable[[Any], None]) -> None:
+    check(detector)
+
+
+@pytest.mark.parametrize(("detector", "check"), pairs(SAMPLE_DETECTORS, SAMPLE_DETECTOR_CHECKS))
+def test_sample_detector(detector: SampleDetector, check: Callable[[Any], None]) -> None:
     check(detector)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor import rng
-from unbackdoor.compute import check_fits, logits_of, predictions_of
+from unbackdoor.compute import logits_of, predictions_of
 from unbackdoor.detect.calibration import Calibration, threshold_from
+from unbackdoor.detect.samples import check_samples
 from unbackdoor.inversion import Inversion, invert
 from unbackdoor.suppression import Suppressed, Suppression, suppress
 from unbackdoor.types import Detection, LabelledImages, Progress, as_float, silent
@@ -197,21 +198,30 @@ class UnlearntSample:
     )
 
     def score(
-        self, model: nn.Module, samples: Tensor, clean: LabelledImages, *, generator: torch.Generator
+        self,
+        model: nn.Module,
+        samples: Tensor,
+        clean: LabelledImages,
+        *,
+        labels: Tensor | None = None,
+        generator: torch.Generator,
+        progress: Progress = silent,
     ) -> Tensor:
-        """Return float32 ``(N,)`` in [-1, 1], higher for more suspicious samples.
+        """Return float32 ``(N,)`` in [-1, 1], higher for more suspicious samples; see ``SampleDetector``.
 
         Args:
             model: Takes float images in [0, 1]; left untouched.
             samples: uint8 or float ``(N, C, H, W)`` in [0, 1].
             clean: Clean images with labels; a few hundred.
+            labels: Not used: the class is the one that the copy falls to.
             generator: All randomness follows it; on the CPU.
+            progress: Called while the copy is unlearnt.
 
         Raises:
-            InvalidInputError: If there are too few clean images, or a label has no output of the model.
+            InvalidInputError: If there are no samples, too few clean images, or a label has no output.
         """
-        check_fits(model, clean, purpose="sample detection", at_least=2)
-        unlearnt = suppress(model, clean, self.unlearning, generator=generator)
+        check_samples(model, samples, clean, labels)
+        unlearnt = suppress(model, clean, self.unlearning, generator=generator, progress=progress)
         target = int(unlearnt.class_share.argmax())
         usual, theirs = (
             logits_of(unlearnt.model, images).softmax(1)[:, target] for images in (clean.images, samples)

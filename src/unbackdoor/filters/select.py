@@ -54,9 +54,10 @@ class Guard:
         per_filter: Largest rise of the mean clean cross-entropy (nats) by one more removal.
         total: Largest rise of it by all removals together.
         accuracy: Largest loss of clean accuracy by all removals together, as a fraction.
-        benefit: Smallest fall of the suppressed copy's clean loss by one more removal, as a share of what it
-            was at the start, in [0, 1). A backdoor's filters are what keeps the copy from its clean task;
-            others cost a little clean accuracy each and give nothing back. 0 asks for no benefit.
+        benefit: Smallest fall of the loss where the backdoor was exposed by one more removal, as a share of
+            what it was at the start, in [0, 1). A backdoor's filters are what keeps a suppressed copy from
+            its clean task, or stamped images from their class; others cost a little clean accuracy each and
+            give nothing back. 0 asks for no benefit.
     """
 
     candidates: float = 0.15
@@ -78,7 +79,8 @@ class Step:
         layer: Its layer.
         filter: Its index in the layer.
         loss_change: Rise of the clean loss by removing it, on top of what was removed before (nats).
-        benefit: Fall of the suppressed copy's loss, as a share of its start; NaN without a copy.
+        benefit: Fall of the loss where the backdoor was exposed, as a share of its start; NaN where it was
+            not asked.
         removed: Whether it was removed.
         accuracy: Clean accuracy after the decision.
     """
@@ -91,6 +93,19 @@ class Step:
     accuracy: float
 
 
+@dataclass(frozen=True, eq=False)
+class Exposed:
+    """Where a backdoor shows: a model and images on which its filters do harm.
+
+    Args:
+        model: Has the filters of the model under treatment: a suppressed copy of it, or that very model.
+        data: Images with the labels that they should get: clean ones, or ones with an inverted trigger.
+    """
+
+    model: nn.Module
+    data: LabelledImages
+
+
 def guarded_walk(
     model: nn.Module,
     clean: LabelledImages,
@@ -98,7 +113,8 @@ def guarded_walk(
     candidates: Sequence[tuple[str, int]],
     guard: Guard,
     *,
-    exposed: nn.Module | None = None,
+    exposed: Exposed | None = None,
+    reference: nn.Module | None = None,
     prune_mode: PruneMode = "silence",
     progress: Progress = silent,
 ) -> tuple[FilterMask, list[Step]]:
@@ -110,7 +126,8 @@ def guarded_walk(
         filter_map: From ``find_filters``.
         candidates: (layer, filter), most suspicious first.
         guard: The allowed cost, and the benefit asked for.
-        exposed: The suppressed copy on which benefits are measured; None asks for none.
+        exposed: Where benefits are measured; None asks for none.
+        reference: What the total costs are counted from, if ``model`` has lost filters before; else it is.
         prune_mode: What removing means.
         progress: Called after each candidate.
 
@@ -119,8 +136,9 @@ def guarded_walk(
     """
     full = FilterMask.full(filter_map)
     trial = _Trial.of(full.apply(model, filter_map, prune_mode=prune_mode), clean)
-    copy = None if exposed is None else _Trial.of(full.apply(exposed, filter_map), clean)
-    start, now = trial.measure(), trial.measure()
+    copy = None if exposed is None else _Trial.of(full.apply(exposed.model, filter_map), exposed.data)
+    now = trial.measure()
+    start = now if reference is None else _Trial.of(full.apply(reference, filter_map), clean).measure()
     copy_start = copy_now = copy.measure().loss if copy else math.nan
     removed: list[tuple[str, int]] = []
     steps: list[Step] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -11,16 +12,20 @@ from torch import Tensor, nn
 
 from unbackdoor import rng
 from unbackdoor.compute import check_fits
+from unbackdoor.data.splits import split
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.magnitude import layer_normalised, magnitudes
 from unbackdoor.filters.mask import FilterMask, PruneMode
-from unbackdoor.filters.select import Guard, Step, below, guarded_walk, order
+from unbackdoor.filters.select import Exposed, Guard, Step, below, guarded_walk, order
+from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.masks import LearntMasks, MaskTraining, learn_masks
+from unbackdoor.purify.nc import suspects
 from unbackdoor.suppression import Suppressed, Suppression, suppress
-from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
+from unbackdoor.types import LabelledImages, Progress, Purified, as_float, quantise, silent
 
 Stage = Literal["suppress", "penalise", "preserve"]
+Way = Literal["inversion", "suppression"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,19 @@ class MNP:
     the loss independent of them; the order is M1 alone; the number of filters comes from a guarded walk on
     clean images instead of a fixed 30; removing a filter also clears its norm.
 
+    Beyond the paper: suppression cannot see a small patch that few training images carried, and trigger
+    inversion (Neural Cleanse, Wang et al., S&P 2019) can. ``exposures`` names the ways taken, in turn, each
+    on what the one before left: by ``inversion``, M1 is learnt on clean images and on the same images
+    stamped with the triggers of suspicious classes, under their true labels; by ``suppression``, as in the
+    paper. One guard bounds what all together cost; a filter goes only if that helps where the backdoor was
+    exposed. If no class is suspicious, inversion removes nothing.
+
     Args:
+        exposures: Ways in which filters are exposed: ``inversion``, ``suppression``.
+        inversion: How triggers are inverted, for every class.
+        anomaly_threshold: Classes whose trigger's norm has a larger anomaly index are suspicious.
+        fewest_classes: With fewer valid norms no class is: their median says nothing.
+        act_on: ``flagged`` classes, or the class with the ``smallest`` trigger if none is flagged.
         suppression: Clean suppression, Eq. 6.
         masks: How M1 and M2 are learnt.
         stages: Which of the three objectives are used; leaving one out is the paper's ablation.
@@ -69,6 +86,11 @@ class MNP:
     source: ClassVar[str] = "Li, Jiang, Yi 2024, arXiv 2405.17750"
     needs: ClassVar[str] = "clean images with labels"
 
+    exposures: tuple[Way, ...] = ("inversion", "suppression")
+    inversion: Inversion = field(default_factory=Inversion)
+    anomaly_threshold: float = 2.0
+    fewest_classes: int = 5
+    act_on: Literal["flagged", "smallest"] = "flagged"
     suppression: Suppression = field(default_factory=Suppression)
     masks: MaskTraining = field(default_factory=MaskTraining)
     stages: tuple[Stage, ...] = ("suppress", "penalise", "preserve")
@@ -97,6 +119,10 @@ class MNP:
                 f"stages must name 'penalise' or 'preserve' or both, and may name 'suppress'; "
                 f"got {self.stages}."
             )
+        if not self.exposures or set(self.exposures) - {"inversion", "suppression"}:
+            raise InvalidInputError(
+                f"exposures must name 'inversion' or 'suppression' or both, got {self.exposures}."
+            )
         if not 0 <= self.held_out_fraction < 1:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
         if self.count < 0:
@@ -115,6 +141,7 @@ class MNP:
         both does not depend on them.
         """
         return MNP(
+            exposures=("suppression",),
             suppression=Suppression(budget=20, unit="epoch", stop_accuracy=0.0, momentum=0.0),
             masks=MaskTraining(momentum=0.0),
             score="sum",
@@ -146,121 +173,212 @@ class MNP:
         check_fits(model, clean, purpose="purification", at_least=2)
         filter_map = find_filters(model, as_float(clean.images[:1]))
         learning, guarding = self._split(clean, generator)
-        suppressed = self._suppress(model, learning, generator, progress)
-        exposed = suppressed.model if suppressed else model
-        m1, m2 = self._learn(model, exposed, learning, filter_map, generator, progress)
-        norms = self._norms(exposed, filter_map)
-        scores = _combine(m1, m2, self.score)
-        allowed = self._allowed(filter_map)
-        scores = {name: values for name, values in scores.items() if name in allowed}
-        ranked = order(scores, *self._tie_breaks(m1, norms))
-        copy = suppressed.model if suppressed else None
-        mask, steps = self._choose(model, copy, guarding, filter_map, scores, ranked, progress)
+        run = _Run(self, model, filter_map, learning, guarding, progress)
+        expose = {"inversion": run.by_inversion, "suppression": run.by_suppression}
+        for way in self.exposures:
+            run.remove(way, expose[way](rng.spawn(generator)))
         return Purified(
-            model=mask.apply(model, filter_map, prune_mode=self.prune_mode),
-            mask=mask,
-            scores={name: values.cpu() for name, values in scores.items()},
-            diagnostics=_diagnostics(self, suppressed, m1, m2, steps, filter_map, learning),
+            model=run.pruned(),
+            mask=run.mask,
+            scores=run.scores,
+            diagnostics={
+                "options": asdict(self),
+                "learning_images": len(learning),
+                **run.diagnostics,
+                "walk": run.steps,
+                "untreated": [asdict(item) for item in filter_map.untreated],
+            },
         )
-
-    def _allowed(self, filter_map: FilterMap) -> set[str]:
-        chosen = {
-            group.name
-            for group in filter_map.prunable
-            if self.layers == "all" or (group.kind == "conv" if self.layers == "conv" else group.norms)
-        }
-        if not chosen:
-            raise UnsupportedModelError(
-                f"no layer of this network is left with layers = {self.layers!r}; use layers = 'all'."
-            )
-        return chosen
-
-    def _tie_breaks(self, m1: LearntMasks | None, norms: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
-        if self.tie_break == "index":
-            return []
-        lower_first = [m1.masks] if m1 else []
-        return [*lower_first, {name: -values for name, values in norms.items()}]
 
     def _split(
         self, clean: LabelledImages, generator: torch.Generator
     ) -> tuple[LabelledImages, LabelledImages]:
-        from unbackdoor.data.splits import split
-
         if self.held_out_fraction == 0:
             return clean, clean
         return split(clean, self.held_out_fraction, rng.spawn(generator))
 
-    def _suppress(
-        self, model: nn.Module, clean: LabelledImages, generator: torch.Generator, progress: Progress
-    ) -> Suppressed | None:
-        if "suppress" not in self.stages:
-            return None
-        return suppress(model, clean, self.suppression, generator=rng.spawn(generator), progress=progress)
 
-    def _learn(
-        self,
-        model: nn.Module,
-        exposed: nn.Module,
-        clean: LabelledImages,
-        filter_map: FilterMap,
-        generator: torch.Generator,
-        progress: Progress,
-    ) -> tuple[LearntMasks | None, LearntMasks | None]:
+@dataclass(frozen=True, eq=False)
+class _Exposure:
+    """What one way of exposing filters found.
+
+    Args:
+        scores: Layer name to ``(filters,)``; lower goes first.
+        tie_breaks: Decide among equal scores.
+        exposed: Where removals should lower the loss, or None.
+    """
+
+    scores: Mapping[str, Tensor]
+    tie_breaks: Sequence[Mapping[str, Tensor]]
+    exposed: Exposed | None
+
+
+@dataclass(eq=False)
+class _Run:
+    """One purification: what was removed so far, and why."""
+
+    method: MNP
+    model: nn.Module
+    filter_map: FilterMap
+    learning: LabelledImages
+    guarding: LabelledImages
+    progress: Progress
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.mask = FilterMask.full(self.filter_map)
+
+    def pruned(self) -> nn.Module:
+        """Return the model without what was removed so far."""
+        return self.mask.apply(self.model, self.filter_map, prune_mode=self.method.prune_mode)
+
+    def by_suppression(self, generator: torch.Generator) -> _Exposure:
+        """Learn M1 on a suppressed copy and M2 on the model: the paper's way."""
+        method, model = self.method, self.pruned()
+        suppressed: Suppressed | None = None
+        if "suppress" in method.stages:
+            suppressed = suppress(
+                model,
+                self.learning,
+                method.suppression,
+                generator=rng.spawn(generator),
+                progress=self.progress,
+            )
+        copy = suppressed.model if suppressed else model
         generators = rng.spawn(generator), rng.spawn(generator)
         m1 = m2 = None
-        if "penalise" in self.stages:
-            source = model if self.norm_source == "original" else exposed
-            penalty = {n: self.lambda1 * w for n, w in self._norms(source, filter_map).items()}
-            m1 = learn_masks(
-                exposed, clean, filter_map, self.masks, penalty=penalty, bounds=(0.0, 1.0),
-                generator=generators[0], stage="weight penalty", progress=progress,
-            )  # fmt: skip
-        if "preserve" in self.stages and (self.score != "m1" or m1 is None):
-            source = exposed if self.norm_source == "suppressed" else model
-            weights = self._norms(source, filter_map)
-            if self.reward_weights == "uniform":
-                weights = {name: torch.ones_like(w) for name, w in weights.items()}
-            reward = {name: -self.lambda2 * w for name, w in weights.items()}
-            m2 = learn_masks(
-                model, clean, filter_map, self.masks, penalty=reward, bounds=(1.0, 2.0),
-                generator=generators[1], stage="clean preserving", progress=progress,
-            )  # fmt: skip
-            if self.literal_line12:
-                m2 = replace(m2, masks={name: torch.ones_like(values) for name, values in m2.masks.items()})
-        return m1, m2
+        if "penalise" in method.stages:
+            source = model if method.norm_source == "original" else copy
+            m1 = self._m1(copy, self.learning, source, generators[0])
+        if "preserve" in method.stages and (method.score != "m1" or m1 is None):
+            source = copy if method.norm_source == "suppressed" else model
+            m2 = self._m2(model, source, generators[1])
+        self.diagnostics["suppression"] = _described(suppressed)
+        self.diagnostics["masks"] = {
+            name: _learnt(masks)
+            for name, masks in (("weight_penalty", m1), ("clean_preserving", m2))
+            if masks is not None
+        }
+        exposed = Exposed(suppressed.model, self.guarding) if suppressed else None
+        return self._exposure(m1, m2, copy, exposed)
 
-    def _norms(self, model: nn.Module, filter_map: FilterMap) -> dict[str, Tensor]:
-        norms = magnitudes(model, filter_map, folded=self.norm_folded)
-        return layer_normalised(norms) if self.norm_scaling == "layer" else norms
+    def by_inversion(self, generator: torch.Generator) -> _Exposure | None:
+        """Learn M1 on the model, with the inverted triggers of suspicious classes on its images."""
+        method, model = self.method, self.pruned()
+        triggers, found = suspects(
+            model, self.learning, method.inversion, threshold=method.anomaly_threshold,
+            fewest=method.fewest_classes, smallest=method.act_on == "smallest",
+            generator=rng.spawn(generator), progress=self.progress,
+        )  # fmt: skip
+        self.diagnostics["inversion"] = found
+        if not triggers:
+            return None
+        stamped, held = (_stamped(data, triggers) for data in (self.learning, self.guarding))
+        m1 = self._m1(model, _joined(self.learning, stamped), model, generator)
+        self.diagnostics["inversion"]["masks"] = _learnt(m1)
+        return self._exposure(m1, None, model, Exposed(model, held))
+
+    def remove(self, way: str, exposure: _Exposure | None) -> None:
+        """Remove what was exposed, as far as the method allows."""
+        if exposure is None:
+            return
+        allowed = self._allowed()
+        scores = {name: values.cpu() for name, values in exposure.scores.items() if name in allowed}
+        ranked = order(scores, *exposure.tie_breaks)
+        mask, steps = self._choose(exposure.exposed, scores, ranked)
+        self.mask = self.mask & mask
+        self.steps += [{"exposure": way, **_plain(step)} for step in steps]
+        self.scores = {
+            name: torch.minimum(values, self.scores[name]) if name in self.scores else values
+            for name, values in scores.items()
+        }
+
+    def _m1(
+        self, model: nn.Module, data: LabelledImages, source: nn.Module, generator: torch.Generator
+    ) -> LearntMasks:
+        method = self.method
+        penalty = {name: method.lambda1 * w for name, w in self._norms(source).items()}
+        return learn_masks(
+            model, data, self.filter_map, method.masks, penalty=penalty, bounds=(0.0, 1.0),
+            generator=generator, stage="weight penalty", progress=self.progress,
+        )  # fmt: skip
+
+    def _m2(self, model: nn.Module, source: nn.Module, generator: torch.Generator) -> LearntMasks:
+        method, weights = self.method, self._norms(source)
+        if method.reward_weights == "uniform":
+            weights = {name: torch.ones_like(w) for name, w in weights.items()}
+        reward = {name: -method.lambda2 * w for name, w in weights.items()}
+        learnt = learn_masks(
+            model, self.learning, self.filter_map, method.masks, penalty=reward, bounds=(1.0, 2.0),
+            generator=generator, stage="clean preserving", progress=self.progress,
+        )  # fmt: skip
+        if not method.literal_line12:
+            return learnt
+        return replace(learnt, masks={name: torch.ones_like(m) for name, m in learnt.masks.items()})
+
+    def _exposure(
+        self, m1: LearntMasks | None, m2: LearntMasks | None, copy: nn.Module, exposed: Exposed | None
+    ) -> _Exposure:
+        tie_breaks: list[Mapping[str, Tensor]] = []
+        if self.method.tie_break == "magnitude":
+            tie_breaks = [m1.masks] if m1 else []
+            tie_breaks.append({name: -values for name, values in self._norms(copy).items()})
+        return _Exposure(_combine(m1, m2, self.method.score), tie_breaks, exposed)
+
+    def _norms(self, model: nn.Module) -> dict[str, Tensor]:
+        norms = magnitudes(model, self.filter_map, folded=self.method.norm_folded)
+        return layer_normalised(norms) if self.method.norm_scaling == "layer" else norms
+
+    def _allowed(self) -> set[str]:
+        layers = self.method.layers
+        chosen = {
+            group.name
+            for group in self.filter_map.prunable
+            if layers == "all" or (group.kind == "conv" if layers == "conv" else group.norms)
+        }
+        if not chosen:
+            raise UnsupportedModelError(
+                f"no layer of this network is left with layers = {layers!r}; use layers = 'all'."
+            )
+        return chosen
 
     def _choose(
-        self,
-        model: nn.Module,
-        exposed: nn.Module | None,
-        clean: LabelledImages,
-        filter_map: FilterMap,
-        scores: Mapping[str, Tensor],
-        ranked: list[tuple[str, int]],
-        progress: Progress,
+        self, exposed: Exposed | None, scores: Mapping[str, Tensor], ranked: list[tuple[str, int]]
     ) -> tuple[FilterMask, list[Step]]:
-        full = FilterMask.full(filter_map)
-        if self.amount == "count":
-            return full.without(ranked[: self.count]), []
-        if self.amount == "fraction":
-            return full.without(ranked[: round(self.fraction * len(ranked))]), []
-        if self.amount == "threshold":
-            return full.without(below(scores, self.threshold)), []
-        candidates = ranked[: max(1, round(self.guard.candidates * len(ranked)))]
+        method, full = self.method, FilterMask.full(self.filter_map)
+        if method.amount == "count":
+            return full.without(ranked[: method.count]), []
+        if method.amount == "fraction":
+            return full.without(ranked[: round(method.fraction * len(ranked))]), []
+        if method.amount == "threshold":
+            return full.without(below(scores, method.threshold)), []
+        gone = set(self.mask.removed())
+        looked_at = [place for place in ranked if place not in gone]
         return guarded_walk(
-            model,
-            clean,
-            filter_map,
-            candidates,
-            self.guard,
+            self.pruned(),
+            self.guarding,
+            self.filter_map,
+            looked_at[: max(1, round(method.guard.candidates * len(ranked)))],
+            method.guard,
             exposed=exposed,
-            prune_mode=self.prune_mode,
-            progress=progress,
+            reference=self.model,
+            prune_mode=method.prune_mode,
+            progress=self.progress,
         )
+
+
+def _stamped(clean: LabelledImages, triggers: Sequence[InvertedTrigger]) -> LabelledImages:
+    """Return the images with each trigger on those that it should not move, under their true labels."""
+    parts = [(trigger, clean.subset(clean.labels != trigger.target_class)) for trigger in triggers]
+    images = torch.cat([quantise(trigger(as_float(part.images))) for trigger, part in parts])
+    return LabelledImages(images, torch.cat([part.labels for _, part in parts]), clean.class_names)
+
+
+def _joined(one: LabelledImages, other: LabelledImages) -> LabelledImages:
+    images = torch.cat([quantise(as_float(one.images)), other.images])
+    return LabelledImages(images, torch.cat([one.labels, other.labels]), one.class_names)
 
 
 def _combine(m1: LearntMasks | None, m2: LearntMasks | None, score: str) -> dict[str, Tensor]:
@@ -279,32 +397,22 @@ def _ranks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(masks, ranks.split(sizes), strict=True))
 
 
-def _diagnostics(
-    method: MNP,
-    suppressed: Suppressed | None,
-    m1: LearntMasks | None,
-    m2: LearntMasks | None,
-    steps: list[Step],
-    filter_map: FilterMap,
-    learning: LabelledImages,
-) -> dict[str, Any]:
-    learnt = {"weight_penalty": m1, "clean_preserving": m2}
+def _described(suppressed: Suppressed | None) -> dict[str, Any] | None:
+    if suppressed is None:
+        return None
     return {
-        "options": asdict(method),
-        "learning_images": len(learning),
-        "suppression": None
-        if suppressed is None
-        else {
-            "accuracy": list(suppressed.accuracies),
-            "stop_reason": suppressed.stop_reason,
-            "steps": suppressed.checks[-1].step,
-            "class_share": suppressed.class_share.tolist(),
-        },
-        "masks": {
-            name: {"losses": list(masks.losses), "clipped_fraction": masks.clipped, "steps": masks.steps}
-            for name, masks in learnt.items()
-            if masks is not None
-        },
-        "walk": [asdict(step) for step in steps],
-        "untreated": [asdict(item) for item in filter_map.untreated],
+        "accuracy": list(suppressed.accuracies),
+        "stop_reason": suppressed.stop_reason,
+        "steps": suppressed.checks[-1].step,
+        "class_share": suppressed.class_share.tolist(),
     }
+
+
+def _learnt(masks: LearntMasks) -> dict[str, Any]:
+    return {"losses": list(masks.losses), "clipped_fraction": masks.clipped, "steps": masks.steps}
+
+
+def _plain(step: Step) -> dict[str, Any]:
+    # JSON knows no NaN: a benefit that was not asked for is None.
+    row = asdict(step)
+    return row | {"benefit": row["benefit"] if math.isfinite(row["benefit"]) else None}

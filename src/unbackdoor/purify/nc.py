@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor import rng
-from unbackdoor.compute import check_fits, logits_of
-from unbackdoor.errors import InvalidInputError, UnsupportedModelError
+from unbackdoor.compute import check_fits
+from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.groups import find_filters
+from unbackdoor.filters.head import head_features, linear_head
 from unbackdoor.filters.select import order
 from unbackdoor.inversion import Inversion, InvertedTrigger, anomaly_indices, invert_all
 from unbackdoor.purify.copies import fine_tuned, handed_back, working_copy
@@ -169,9 +170,9 @@ class NC:
         diagnostics: Mapping[str, Any],
         progress: Progress,
     ) -> Purified:
-        head = _head_of(model, clean)
-        before = _features(model, head, clean.images)
-        stamped = [_features(model, head, trigger(clean.floats())) for trigger in triggers]
+        head = linear_head(model, clean.images)
+        before = head_features(model, head, clean.images)
+        stamped = [head_features(model, head, trigger(clean.floats())) for trigger in triggers]
         rises = torch.stack([(after - before).mean(0) for after in stamped])
         scores = {f"{head}.inputs": -rises.amax(0).cpu()}
         work = working_copy(model)
@@ -260,31 +261,6 @@ def stamped_step(triggers: Sequence[InvertedTrigger], fraction: float) -> LossSt
         return F.cross_entropy(logits.float(), batch.labels)
 
     return step
-
-
-def _head_of(model: nn.Module, clean: LabelledImages) -> str:
-    head = find_filters(model, as_float(clean.images[:1])).head
-    modules = dict(model.named_modules())
-    if head is None or not isinstance(modules.get(head.name), nn.Linear):
-        raise UnsupportedModelError(
-            "pruning penultimate units needs a linear layer as its last one; use mitigation='unlearn'."
-        )
-    return head.name
-
-
-def _features(model: nn.Module, head: str, images: Tensor) -> Tensor:
-    """Return what enters the head, float32 ``(N, F)`` on the model's device."""
-    parts: list[Tensor] = []
-    handle = model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: parts.append(inputs[0]))
-    try:
-        logits_of(model, images)
-    finally:
-        handle.remove()
-    if any(part.ndim != 2 for part in parts) or sum(len(part) for part in parts) != len(images):
-        raise UnsupportedModelError(
-            "pruning penultimate units needs a head that reads flat features once; use mitigation='unlearn'."
-        )
-    return torch.cat(parts).float()
 
 
 @dataclass(frozen=True, eq=False)

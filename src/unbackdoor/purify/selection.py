@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.groups import FilterMap
 from unbackdoor.filters.mask import FilterMask, PruneMode
-from unbackdoor.filters.select import Guard, Step, guarded_walk, order
+from unbackdoor.filters.select import Exposed, Guard, Step, guarded_walk, order
 from unbackdoor.types import LabelledImages, Progress, silent
 
 
@@ -79,7 +79,7 @@ def select(
     selection: Selection,
     *,
     own: Sequence[tuple[str, int]],
-    exposed: nn.Module | None = None,
+    exposed: Exposed | None = None,
     prune_mode: PruneMode = "silence",
     progress: Progress = silent,
 ) -> Selected:
@@ -92,7 +92,7 @@ def select(
         scores: Layer name to ``(filters,)``; lower goes first. Layers that are absent lose nothing.
         selection: The rule.
         own: What the rule of the method's paper removes, as (layer, filter).
-        exposed: A copy whose clean loss removals should lower, if the method has one and the guard asks.
+        exposed: Where removals should lower the loss, if the method knows such a place and the guard asks.
         prune_mode: What removing means.
         progress: Called after each candidate of the walk.
     """

@@ -20,3 +20,5 @@ from unbackdoor.testing.planted import planted_backdoor as planted_backdoor
 from unbackdoor.testing.planted import planted_network as planted_network
 from unbackdoor.testing.purifiers import PURIFIER_CHECKS as PURIFIER_CHECKS
 from unbackdoor.testing.purifiers import check_purifier as check_purifier
+from unbackdoor.testing.samples import SAMPLE_DETECTOR_CHECKS as SAMPLE_DETECTOR_CHECKS
+from unbackdoor.testing.samples import check_sample_detector as check_sample_detector

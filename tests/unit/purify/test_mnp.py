@@ -11,6 +11,7 @@ from unbackdoor import rng
 from unbackdoor.compute import accuracy_of
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.select import Guard
+from unbackdoor.inversion import Inversion
 from unbackdoor.masks import MaskTraining
 from unbackdoor.purify import MNP
 from unbackdoor.suppression import Suppression
@@ -19,7 +20,8 @@ from unbackdoor.types import Progress, Purified, silent
 
 PLANTED = planted_backdoor()
 CLEAN = PLANTED.clean_data(64, rng.generator(0))
-QUICK = MNP(suppression=Suppression(budget=4), masks=MaskTraining(epochs=2))
+QUICK = MNP(("suppression",), suppression=Suppression(budget=4), masks=MaskTraining(epochs=2))
+INVERTING = replace(QUICK, exposures=("inversion",), inversion=Inversion(steps=150), act_on="smallest")
 
 
 def purify(method: MNP, progress: Progress = silent) -> Purified:
@@ -116,9 +118,46 @@ def test_progress_names_its_stages_and_reaches_the_end() -> None:
         assert last[1] == last[2]
 
 
+def test_inversion_exposes_the_planted_filters_and_names_their_class() -> None:
+    result = purify(INVERTING)
+    found = result.diagnostics["inversion"]
+    assert found["acted_on"] == [PLANTED.label_rule.target_class]
+    assert result.mask is not None
+    assert result.mask.n_removed > 0
+    assert set(result.mask.removed()) <= PLANTED.guilty
+    assert {step["exposure"] for step in result.diagnostics["walk"]} == {"inversion"}
+    json.dumps(result.diagnostics, allow_nan=False)
+
+
+def test_without_a_suspicious_class_inversion_changes_nothing() -> None:
+    result = purify(replace(INVERTING, act_on="flagged"))
+    assert removed(result) == 0
+    assert result.diagnostics["walk"] == []
+    assert all(
+        torch.equal(a, b) for a, b in zip(result.model.parameters(), PLANTED.model.parameters(), strict=True)
+    )
+
+
+def test_both_ways_share_one_budget() -> None:
+    both = purify(replace(INVERTING, exposures=("inversion", "suppression")))
+    walk = both.diagnostics["walk"]
+    ways = [step["exposure"] for step in walk]
+    assert ways == sorted(ways)
+    assert set(ways) == {"inversion", "suppression"}
+    gone = [(step["layer"], step["filter"]) for step in walk if step["removed"]]
+    assert both.mask is not None
+    assert sorted(gone) == sorted(both.mask.removed())
+    assert (
+        sum(step["loss_change"] for step in both.diagnostics["walk"] if step["removed"])
+        <= QUICK.guard.total + 1e-6
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        ({"exposures": ()}, "exposures must name"),
+        ({"exposures": ("magic",)}, "exposures must name"),
         ({"stages": ("suppress",)}, "stages must name 'penalise' or 'preserve'"),
         ({"stages": ("penalise", "magic")}, "stages must name"),
         ({"held_out_fraction": 1.0}, r"held_out_fraction must lie in \[0, 1\)"),
