@@ -1,0 +1,98 @@
+"""Write docs/reference/purifiers.md from the docstrings of the purifiers, so that it says what the code does.
+
+    python docs/generate.py
+
+A test compares the committed page with what this makes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from unbackdoor import catalogue
+from unbackdoor.purify.registry import PURIFIERS
+
+PAGE = Path(__file__).parent / "reference" / "purifiers.md"
+
+HEAD = """# Purifiers
+
+Made from the docstrings by `python docs/generate.py`; change those. `unbackdoor methods NAME` prints the same in a
+terminal, with the options of all parts.
+
+Each purifier gets the same: a model, clean images with labels, a generator. None sees a trigger, a poisoned image
+or the attack success rate, and the import rules that `make lint` checks keep it so. `unbackdoor purify --method
+NAME` runs one, `--paper` starts from the settings of its paper, `--set option=value` reaches every option, those of
+parts as `recipe.epochs`.
+
+**How much is pruned.** Methods that rank filters share one rule, `selection.amount=guarded`: walk down the ranking
+and skip each filter whose removal costs more on clean images than the guard allows
+([why](../adr/0004-guarded-walk.md)). So a comparison compares rankings and not tuning. `own` is each paper's own
+rule, `count` and `fraction` take a number.
+
+**What removing a filter means** is `prune_mode`: `silence` clears the filter and its norm, `norm` the norm's scale
+and shift, `norm_scale` its scale alone, `weight` the filter's weights alone. The default is what the method's
+authors do.
+
+**Any network.** Filters are found by watching one forward pass; no method knows an architecture. What it does
+without batch norms stands in its text: it works, it takes another reading that is named, or it refuses in words.
+
+**Cost.** Every purification is metered from outside: image passes, seconds, peak memory (`passes` in the JSON
+document).
+"""
+
+
+def page() -> str:
+    """Return the whole page."""
+    parts: dict[str, Any] = {}
+    sections = [_section(cls, parts) for cls in PURIFIERS.values()]
+    described = [_part(name, parts[name]) for name in sorted(parts)]
+    return "\n".join([HEAD, *sections, "## Parts", "", *described])
+
+
+def _section(cls: type[Any], parts: dict[str, Any]) -> str:
+    entry = catalogue.entry("purifier", cls)
+    lines = [f"## {entry.title} (`{entry.name}`)", "", f"*{entry.source}.* Needs {entry.needs}.", ""]
+    return "\n".join([*lines, _markdown(catalogue.description(cls)), "", *_table(cls(), parts), ""])
+
+
+def _part(name: str, cls: type[Any]) -> str:
+    summary = _markdown(catalogue.description(cls).split("\n\n")[0])
+    return "\n".join([f"### {name}", "", summary, "", *_table(cls(), {}), ""])
+
+
+def _table(method: Any, parts: dict[str, Any]) -> list[str]:  # noqa: ANN401 - any dataclass
+    """Return the rows of a method's own options; its parts are collected in ``parts`` and linked."""
+    texts = catalogue.argument_texts(type(method))
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    for field in fields(method):
+        value = getattr(method, field.name)
+        default = f"`{catalogue.shown(value)}`"
+        if is_dataclass(value) and not isinstance(value, type):
+            name = type(value).__name__
+            parts[name] = type(value)
+            default = f"[{name}](#{name.lower()}){_differences(value)}"
+            _table(value, parts)
+        rows.append(f"| `{field.name}` | {default} | {_cell(texts.get(field.name, ''))} |")
+    return rows
+
+
+def _differences(part: Any) -> str:  # noqa: ANN401 - any dataclass
+    usual = type(part)()
+    names = [f.name for f in fields(part) if getattr(part, f.name) != getattr(usual, f.name)]
+    values = ", ".join(f"{name} {catalogue.shown(getattr(part, name))}" for name in names)
+    return f" with {values}" if values else ""
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"``([^`]+)``", r"`\1`", text)
+
+
+def _cell(text: str) -> str:
+    return _markdown(text).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
