@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbackdoor.compute import logits_of
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.groups import FilterMap
 from unbackdoor.filters.mask import FilterMask, PruneMode, cleared_tensors
+from unbackdoor.filters.replay import Replay
 from unbackdoor.types import LabelledImages, Progress, silent
 
 
@@ -178,33 +178,38 @@ class _Measured:
 class _Trial:
     """A copy of a model from which filters are taken on trial."""
 
-    model: nn.Module
-    clean: LabelledImages
+    replay: Replay
+    labels: Tensor
     tensors: Mapping[str, Tensor]
     undo: dict[str, tuple[int, Tensor]]
 
     @staticmethod
-    def of(model: nn.Module, clean: LabelledImages) -> _Trial:
+    def of(model: nn.Module, data: LabelledImages) -> _Trial:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        return _Trial(model, clean, tensors, {})
+        return _Trial(Replay(model, data.images), data.labels, tensors, {})
 
     def measure(self) -> _Measured:
-        logits = logits_of(self.model, self.clean.images)
-        labels = self.clean.labels.to(logits.device)
-        return _Measured(
-            float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())
-        )
+        """Measure in full, and remember the pass for the trials to come."""
+        return self._measured(self.replay.record())
 
     def without(self, names: Sequence[str], index: int) -> _Measured:
         """Clear one filter and measure; ``settle`` decides whether that stays."""
         for name in names:
             self.undo[name] = (index, self.tensors[name].detach()[index].clone())
             self.tensors[name].detach()[index] = 0.0
-        return self.measure()
+        return self._measured(self.replay.logits_after(names))
 
     def settle(self, *, keep: bool) -> None:
         """Keep the last removal, or take it back exactly."""
-        if not keep:
+        if keep:
+            self.replay.record()
+        else:
             for name, (index, value) in self.undo.items():
                 self.tensors[name].detach()[index] = value
         self.undo.clear()
+
+    def _measured(self, logits: Tensor) -> _Measured:
+        labels = self.labels.to(logits.device)
+        return _Measured(
+            float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())
+        )

@@ -1,0 +1,162 @@
+"""Run a network again and again on the same images, each time only from the first layer that changed.
+
+What ran before a layer in a forward pass cannot depend on it, whatever the architecture. So modules that
+finished before the changed one begins answer from memory. That is exact: equal bits, not an approximation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from unbackdoor.compute import EVALUATION_BATCH, device_of, memory_format_for, mode
+from unbackdoor.types import as_float
+
+MEMORY = 4 * 2**30
+"""Most bytes that one ``Replay`` remembers; networks and images that need more run in full."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """When a module ran within a pass, and what it returned."""
+
+    start: int
+    end: int
+    output: Tensor
+
+
+@dataclass(eq=False)
+class Replay:
+    """A network in eval mode and fp32 on fixed images.
+
+    Args:
+        model: Its weights may be changed between calls; its modes are restored after each.
+        images: ``(N, C, H, W)``, uint8 or float32 in [0, 1].
+        batch_size: Images a pass.
+        memory: Most bytes to remember.
+    """
+
+    model: nn.Module
+    images: Tensor
+    batch_size: int = EVALUATION_BATCH
+    memory: int = MEMORY
+    _starts: dict[str, int] = field(default_factory=dict)
+    _passes: list[Mapping[str, _Call]] = field(default_factory=list)
+    _checked: dict[int, bool] = field(default_factory=dict)
+
+    def record(self) -> Tensor:
+        """Run in full, remember what the modules returned, and give the logits ``(N, K)``.
+
+        To be called whenever weights have changed for good.
+        """
+        self._passes, self._starts, used, logits = [], {}, 0, []
+        for part in self._parts():
+            result, starts, calls = _observed(self.model, part, remember=used <= self.memory)
+            logits.append(result)
+            used += _bytes(calls)
+            self._passes.append(calls)
+            self._starts = starts
+        if used > self.memory:
+            self._passes = [{} for _ in self._passes]
+        return torch.cat(logits)
+
+    def logits_after(self, changed: Sequence[str]) -> Tensor:
+        """Return the logits ``(N, K)`` now that some tensors differ from those of the recorded pass.
+
+        Args:
+            changed: Names of the parameters and buffers that differ.
+        """
+        owners = {name.rpartition(".")[0] for name in changed}
+        # A module that never ran lends its tensors to somebody else, who may have run at any time.
+        start = min((self._starts.get(owner, 0) for owner in owners), default=0)
+        if start == 0 or not self._checked.get(start, True):
+            return self._run(0)
+        logits = self._run(start)
+        if start not in self._checked:
+            # Tied weights and other tricks may use a tensor before its owner runs: compare once a layer.
+            full = self._run(0)
+            self._checked[start] = torch.equal(logits, full) or torch.allclose(logits, full, atol=1e-5)
+            return full
+        return logits
+
+    def _run(self, start: int) -> Tensor:
+        parts = []
+        with torch.no_grad(), mode(self.model, training=False):
+            for part, calls in zip(self._parts(), self._passes, strict=True):
+                with _answering(self.model, {n: c.output for n, c in calls.items() if c.end < start}):
+                    parts.append(self.model(part))
+        return torch.cat(parts)
+
+    def _parts(self) -> Iterator[Tensor]:
+        device, layout = device_of(self.model), memory_format_for(self.model)
+        for part in self.images.split(self.batch_size):
+            yield as_float(part.to(device)).contiguous(memory_format=layout)
+
+
+def _observed(
+    model: nn.Module, images: Tensor, *, remember: bool
+) -> tuple[Tensor, dict[str, int], dict[str, _Call]]:
+    """Run once; return the logits, when each module first ran, and what can be answered from memory."""
+    clock = 0
+    starts: dict[str, int] = {}
+    open_calls: dict[str, int] = {}
+    seen: dict[str, list[tuple[_Call, int] | None]] = {}
+
+    def enter(name: str) -> None:
+        nonlocal clock
+        clock += 1
+        starts.setdefault(name, clock)
+        open_calls[name] = clock
+
+    def leave(name: str, output: object) -> None:
+        nonlocal clock
+        clock += 1
+        plain = isinstance(output, Tensor) and remember
+        call = (_Call(open_calls[name], clock, output), output._version) if plain else None  # type: ignore[attr-defined, arg-type]
+        seen.setdefault(name, []).append(call)
+
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+            handles += [
+                module.register_forward_pre_hook(lambda *_, name=name: enter(name)),  # type: ignore[misc]
+                module.register_forward_hook(lambda *given, name=name: leave(name, given[-1])),  # type: ignore[misc]
+            ]
+    try:
+        with torch.no_grad(), mode(model, training=False):
+            logits: Tensor = model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    calls = {}
+    for name, found in seen.items():
+        # What ran twice, or was changed in place afterwards, is computed again.
+        if len(found) == 1 and found[0] is not None and found[0][0].output._version == found[0][1]:
+            calls[name] = found[0][0]
+    return logits, starts, calls
+
+
+def _bytes(calls: Mapping[str, _Call]) -> int:
+    storages = {call.output.untyped_storage().data_ptr(): call.output for call in calls.values()}
+    return sum(output.untyped_storage().nbytes() for output in storages.values())
+
+
+@contextmanager
+def _answering(model: nn.Module, answers: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the modules named return what is given instead of running."""
+    modules = dict(model.named_modules())
+    own = {name: modules[name].__dict__.get("forward") for name in answers}
+    try:
+        for name, answer in answers.items():
+            modules[name].__dict__["forward"] = lambda *_, answer=answer, **__: answer
+        yield
+    finally:
+        for name, before in own.items():
+            if before is None:
+                del modules[name].__dict__["forward"]
+            else:
+                modules[name].__dict__["forward"] = before
