@@ -123,8 +123,8 @@ def _observed(
     for name, module in model.named_modules():
         if name:
             handles += [
-                module.register_forward_pre_hook(lambda *_, name=name: enter(name)),  # type: ignore[misc]
-                module.register_forward_hook(lambda *given, name=name: leave(name, given[-1])),  # type: ignore[misc]
+                module.register_forward_pre_hook(lambda *_, name=name: enter(name)),
+                module.register_forward_hook(lambda *given, name=name: leave(name, given[-1])),
             ]
     try:
         with torch.no_grad(), mode(model, training=False):
