@@ -6,9 +6,10 @@ A method need not count for itself, and cannot count wrongly: calls of networks 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class Cost:
     Args:
         forward_images: Images that went forward through a network.
         backward_images: Images whose output received a gradient.
+        kinds: The same by kind, which differ in price: ``forward`` or ``backward``, ``fp32`` or ``bf16``, and
+            for backward passes ``weights`` where those learn, or ``frozen`` where masks or images alone do.
         seconds: Wall time.
         cpu_seconds: Processor time of this process, all threads.
         peak_memory_mb: Largest memory: allocated on the GPU if there is one in use, else resident in this
@@ -35,6 +38,7 @@ class Cost:
 
     forward_images: int = 0
     backward_images: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     peak_memory_mb: float | None = None
@@ -44,6 +48,7 @@ class Cost:
         return {
             "forward_images": self.forward_images,
             "backward_images": self.backward_images,
+            "kinds": dict(self.kinds),
             "seconds": round(self.seconds, 3),
             "cpu_seconds": round(self.cpu_seconds, 3),
             "peak_memory_mb": None if self.peak_memory_mb is None else round(self.peak_memory_mb, 1),
@@ -76,8 +81,13 @@ def metered() -> Iterator[Cost]:
             return
         count = len(inputs[0])
         cost.forward_images += count
+        device = inputs[0].device.type
+        precision = "bf16" if torch.is_autocast_enabled(device) else "fp32"
+        cost.kinds[f"forward {precision}"] += count
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda _: _add_backward(cost, count))
+            learns = any(parameter.requires_grad for parameter in module.parameters())
+            kind = f"backward {precision} {'weights' if learns else 'frozen'}"
+            output.register_hook(lambda _: _add_backward(cost, kind, count))
 
     handles = [
         register_module_forward_pre_hook(enter),
@@ -96,8 +106,9 @@ def metered() -> Iterator[Cost]:
             handle.remove()
 
 
-def _add_backward(cost: Cost, count: int) -> None:
+def _add_backward(cost: Cost, kind: str, count: int) -> None:
     cost.backward_images += count
+    cost.kinds[kind] += count
 
 
 def _reset_peak(*, on_gpu: bool) -> None:

@@ -36,6 +36,20 @@ def test_gradients_of_masks_and_inputs_count_and_two_backward_calls_twice() -> N
     assert (cost.forward_images, cost.backward_images) == (5, 10)
 
 
+def test_passes_are_told_apart_by_their_price() -> None:
+    model = small_network()
+    with metered() as cost:
+        model(IMAGES).sum().backward()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            model(IMAGES[:2])
+        model.requires_grad_(requires_grad=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(IMAGES.clone().requires_grad_()).float().sum().backward()
+    assert cost.kinds == {
+        "forward fp32": 5, "backward fp32 weights": 5, "forward bf16": 7, "backward bf16 frozen": 5,
+    }  # fmt: skip
+
+
 def test_a_failing_call_does_not_confuse_the_count() -> None:
     model = small_network()
     with metered() as cost:
