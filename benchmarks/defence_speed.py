@@ -3,8 +3,8 @@
     python benchmarks/defence_speed.py --data DIR_WITH_TRAIN_PARQUET --model zoo/badnets --threads 2
     python benchmarks/defence_speed.py --data DIR_WITH_TRAIN_PARQUET --width 64 --methods clp rnp mnp fp nc
 
-Prints, for each method, seconds, image passes by kind, what those passes cost when nothing else is done (the
-same network, precision and threads, batch 128, timed right before and after), and the ratio. Without `--model`
+Prints, for each method, seconds, image passes by kind, what those passes cost when nothing else is done (same
+network, precision and threads, batch 128, timed right before and after), and the ratio. Without `--model`
 the network is trained on the clean images for a few epochs: decisions differ, passes cost the same.
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,15 @@ from torch.nn import functional as F
 
 from unbackdoor import rng
 from unbackdoor.compute import check_fits, logits_of, predictions_of
-from unbackdoor.data.splits import draw_balanced
+from unbackdoor.data.splits import balanced_order, draw_balanced
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.evaluate import BackdoorMetrics, evaluate
 from unbackdoor.rates import Rate
 from unbackdoor.train import Recipe, train
 from unbackdoor.types import LabelledImages, LabelRule, Progress, Trigger, as_float, quantise, silent
+
+ATTACKER_IMAGES = 500
+"""Images that an attacker who wants to wake a backdoor has; they are not tested on."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +118,6 @@ class Reactivated:
     attack_success: Rate
     without_trigger: Rate
     queries: int
-
-    def describe(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return {
-            "attack_success": self.attack_success.describe(),
-            "without_trigger": self.without_trigger.describe(),
-            "queries": self.queries,
-        }
 
 
 @dataclass(frozen=True)
@@ -230,6 +225,48 @@ class QueryAttack:
             (gradient,) = torch.autograd.grad(loss, delta)
             delta = (delta.detach() - rate * gradient.sign()).clamp(-self.eps, self.eps)
         return delta
+
+
+def reactivation(
+    model: nn.Module,
+    test: LabelledImages,
+    trigger: Trigger,
+    label_rule: LabelRule,
+    *,
+    generator: torch.Generator,
+    attacker_images: int = ATTACKER_IMAGES,
+    progress: Progress = silent,
+) -> dict[str, Rate]:
+    """Try both attacks with their defaults.
+
+    Args:
+        model: The purified model; left untouched.
+        test: Test images; the attacker gets some, and the rest is measured on.
+        trigger: The attacker's trigger.
+        label_rule: The attacker's label rule.
+        generator: All randomness follows it; on the CPU.
+        attacker_images: Images that the attacker gets, at most half of all.
+        progress: Called during the work.
+
+    Returns:
+        ``retuned_success`` and ``retuned_accuracy`` (ASR and CA after retuning), ``queried_success`` (ASR
+        with the universal change) and ``queried_without_trigger`` (what it does without the trigger).
+    """
+    order = balanced_order(test.labels, rng.spawn(generator))
+    count = min(attacker_images, len(test) // 2)
+    attacker, rest = test.subset(order[:count]), test.subset(order[count:])
+    retuned = Retuning().run(
+        model, attacker, rest, trigger, label_rule, generator=rng.spawn(generator), progress=progress
+    )
+    queried = QueryAttack().run(
+        model, attacker, rest, trigger, label_rule, generator=rng.spawn(generator), progress=progress
+    )
+    return {
+        "retuned_success": retuned.attack_success,
+        "retuned_accuracy": retuned.clean_accuracy,
+        "queried_success": queried.attack_success,
+        "queried_without_trigger": queried.without_trigger,
+    }
 
 
 def _nothing(images: Tensor) -> Tensor:

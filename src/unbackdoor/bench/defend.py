@@ -21,16 +21,13 @@ from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.store import Record, Store
 from unbackdoor.catalogue import options_of
 from unbackdoor.costs import metered
-from unbackdoor.data.splits import balanced_order, draw_balanced
+from unbackdoor.data.splits import draw_balanced
 from unbackdoor.errors import UnbackdoorError
 from unbackdoor.evaluate import clean_accuracy, evaluate
 from unbackdoor.purify.registry import purifier_named
-from unbackdoor.reactivate import QueryAttack, Retuning
+from unbackdoor.reactivate import reactivation
 from unbackdoor.settings import configure
 from unbackdoor.types import Infected, LabelledImages, Progress, Purified, silent
-
-ATTACKER_IMAGES = 500
-"""Images that an attacker who wants to wake a backdoor has; taken from the test set, and not tested on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +79,14 @@ class Bench:
             "cost": cost.describe(),
         }
         if cell.reactivate and infected:
-            result["reactivated"] = _reactivated(purified.model, infected, test, cell.seed)
+            rates = reactivation(
+                purified.model,
+                test,
+                infected.trigger,
+                infected.label_rule,
+                generator=rng.generator(cell.seed),
+            )
+            result["reactivated"] = {name: rate.describe() for name, rate in rates.items()}
         return result
 
 
@@ -167,16 +171,6 @@ def _notes(purified: Purified) -> dict[str, Any]:
         for name, value in purified.diagnostics.items()
         if isinstance(value, short) and name != "options"
     }
-
-
-def _reactivated(model: nn.Module, infected: Infected, test: LabelledImages, seed: int) -> dict[str, Any]:
-    order = balanced_order(test.labels, rng.generator(seed))
-    count = min(ATTACKER_IMAGES, len(test) // 2)
-    attacker, rest = test.subset(order[:count]), test.subset(order[count:])
-    trigger, rule = infected.trigger, infected.label_rule
-    retuned = Retuning().run(model, attacker, rest, trigger, rule, generator=rng.generator(seed))
-    queried = QueryAttack().run(model, attacker, rest, trigger, rule, generator=rng.generator(seed))
-    return {"retuned": retuned.describe(), "queried": queried.describe()}
 
 
 def _now() -> str:

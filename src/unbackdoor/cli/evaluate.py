@@ -25,6 +25,11 @@ def evaluate(
     mean: o.Mean = None,
     std: o.Std = None,
     normalize: o.Normalize = None,
+    reactivate: bool = typer.Option(
+        False,
+        "--reactivate",
+        help="Also try to wake the backdoor: by retuning on 5 poisoned images, and by a query attack.",
+    ),
     label: str = typer.Option("", help="How the report calls this model."),
     seed: o.Seed = 0,
     device: o.Device = "auto",
@@ -34,11 +39,14 @@ def evaluate(
     """Measure clean accuracy, attack success and robust accuracy, with counts and intervals."""
     from unbackdoor import rng
     from unbackdoor.bench.artefact import label_rule_of, read_card
-    from unbackdoor.cli import inputs, show
+    from unbackdoor.cli import console, inputs, show
     from unbackdoor.cli.work import evaluate_document
     from unbackdoor.data import check_against_model, draw_balanced
+    from unbackdoor.errors import InvalidInputError
     from unbackdoor.triggers import load_trigger
 
+    if reactivate and infected is None:
+        raise InvalidInputError("--reactivate needs the trigger; name its folder with --infected.")
     loaded = inputs.open_model(
         inputs.ModelOptions(model, arch, num_classes, width, mean, std, normalize, device)
     )
@@ -50,14 +58,18 @@ def evaluate(
     if count:
         test = draw_balanced(test, count, rng.generator(seed))
     card = read_card(infected) if infected else {}
-    document = evaluate_document(
-        loaded.model,
-        test,
-        trigger=load_trigger(infected / "trigger.safetensors") if infected else None,
-        label_rule=label_rule_of(card) if infected else None,
-        attack=str(card.get("attack")) if infected else None,
-        label=label or str(model),
-        info=inputs.describe_model(loaded),
-        data=inputs.describe_data(test, source, smallest=int(test.labels.bincount().min())),
-    )
+    with console.progress_bar(hidden=as_json) as progress:
+        document = evaluate_document(
+            loaded.model,
+            test,
+            trigger=load_trigger(infected / "trigger.safetensors") if infected else None,
+            label_rule=label_rule_of(card) if infected else None,
+            attack=str(card.get("attack")) if infected else None,
+            label=label or str(model),
+            info=inputs.describe_model(loaded),
+            data=inputs.describe_data(test, source, smallest=int(test.labels.bincount().min())),
+            reactivate=reactivate,
+            seed=seed,
+            progress=progress,
+        )
     show.finish(document, as_json=as_json, report=report)

@@ -224,6 +224,10 @@ def _rates(metrics: Mapping[str, doc.Rate]) -> Table:
         "clean_accuracy": "clean accuracy (CA)",
         "attack_success": "attack success (ASR)",
         "robust_accuracy": "robust accuracy (RA)",
+        "retuned_success": "ASR after retuning on 5 poisoned images",
+        "retuned_accuracy": "CA after retuning",
+        "queried_success": "ASR with a universal change of 8/255",
+        "queried_without_trigger": "the same change without the trigger",
     }
     table = Table("metric", "value [95 % interval]", "n", box=None, pad_edge=False)
     for name, value in metrics.items():

@@ -28,6 +28,7 @@ from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.magnitude import magnitudes
 from unbackdoor.models.loading import LoadedModel, save_like
 from unbackdoor.rates import Rate
+from unbackdoor.reactivate import reactivation
 from unbackdoor.report import documents as doc
 from unbackdoor.types import (
     Detection,
@@ -39,6 +40,7 @@ from unbackdoor.types import (
     Trigger,
     as_float,
     quantise,
+    silent,
 )
 
 ADVICE = {
@@ -169,8 +171,11 @@ def evaluate_document(
     info: doc.ModelInfo,
     data: doc.DataInfo,
     examples: int = 6,
+    reactivate: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> doc.EvaluateDocument:
-    """Measure ``model`` on clean and, where there is a trigger, on triggered images."""
+    """Measure ``model`` on clean and, where there is a trigger, on triggered images; try to wake it."""
     started = time.perf_counter()
     if trigger is None or label_rule is None:
         metrics = {"clean_accuracy": rate(clean_accuracy(model, test))}
@@ -182,6 +187,11 @@ def evaluate_document(
             "attack_success": rate(measured.attack_success),
             "robust_accuracy": rate(measured.robust_accuracy),
         }
+        if reactivate:
+            woken = reactivation(
+                model, test, trigger, label_rule, generator=rng.generator(seed), progress=progress
+            )
+            metrics |= {name: rate(value) for name, value in woken.items()}
         shown = _examples(model, test, trigger, label_rule, examples)
     return doc.EvaluateDocument(
         tool_version=unbackdoor.__version__,

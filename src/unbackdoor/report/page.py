@@ -42,6 +42,13 @@ METRICS = (
 )
 """Key, title, and the direction that is better."""
 
+WOKEN = (
+    ("retuned_success", "Attack success after retuning", "down"),
+    ("queried_success", "Attack success with a universal change", "down"),
+    ("queried_without_trigger", "The same change without the trigger", "down"),
+)
+"""Shown where some evaluation tried to wake the backdoor."""
+
 NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"
 MISSING = "\N{EN DASH}"
 
@@ -103,7 +110,7 @@ def render(documents: Sequence[Document], *, title: str) -> str:
         ],
         evaluations=evaluations,
         change=_change(evaluations),
-        metrics=METRICS,
+        metrics=_metrics_of(evaluations),
         limits=_distinct(limit for document in documents for limit in getattr(document, "limits", ())),
         script=Markup(script),  # noqa: S704 - the page's own file
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -213,8 +220,13 @@ def _change(evaluations: Sequence[EvaluateDocument]) -> Change | None:
     before, after = (document.metrics for document in evaluations)
     return Change(
         attack=evaluations[0].attack or "",
-        points={key: _difference(before.get(key), after.get(key)) for key, _, _ in METRICS},
+        points={key: _difference(before.get(key), after.get(key)) for key, _, _ in _metrics_of(evaluations)},
     )
+
+
+def _metrics_of(evaluations: Sequence[EvaluateDocument]) -> tuple[tuple[str, str, str], ...]:
+    woken = [row for row in WOKEN if any(row[0] in document.metrics for document in evaluations)]
+    return (*METRICS, *woken)
 
 
 def _difference(before: Rate | None, after: Rate | None) -> float | None:

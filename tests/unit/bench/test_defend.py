@@ -57,8 +57,8 @@ def test_a_record_holds_what_was_asked_measured_and_spent(bench: Bench) -> None:
     assert set(record["after"]) == {"clean_accuracy", "attack_success", "robust_accuracy"}
     assert record["before"]["clean_accuracy"]["n"] == 60
     assert record["cost"]["forward_images"] > 0
-    assert record["reactivated"]["retuned"]["clean_accuracy"]["n"] == 30
-    assert 0 <= record["reactivated"]["queried"]["without_trigger"]["value"] <= 1
+    assert record["reactivated"]["retuned_accuracy"]["n"] == 30
+    assert 0 <= record["reactivated"]["queried_without_trigger"]["value"] <= 1
     json.dumps(record, allow_nan=False)
     assert set(bench.answer(cell(bench, "clean", "clp"))["after"]) == {"clean_accuracy"}
 

@@ -184,6 +184,21 @@ def test_methods_lists_everything_and_shows_one(run: Run) -> None:
     assert "did you mean 'anp'" in run("methods", "anpp").err
 
 
+def test_evaluate_tries_to_wake_a_backdoor(run: Run, files: Files, tmp_path: Path) -> None:
+    attack = ("attack", "badnets", "--data", "digits", "--arch", "resnet10", "--width", 4, "--limit", 60)
+    options = ("--epochs", 1, "--normalize", "mnist", "--allow-invalid", "--out", tmp_path / "m")
+    assert run(*attack, *options).code == 0
+    model = tmp_path / "m" / "model.safetensors"
+    page = tmp_path / "page.html"
+    common = ("--arch", "resnet10", "--data", "digits", "--count", 60)
+    infected = ("--infected", tmp_path / "m")
+    result = run("evaluate", model, *common, *infected, "--reactivate", "--json", "--report", page)
+    assert result.code == 0, result.err
+    assert {"retuned_success", "queried_success"} <= set(result.json["metrics"])
+    assert "after retuning" in page.read_text()
+    assert "name its folder with --infected" in run("evaluate", model, *common, "--reactivate").err
+
+
 def test_evaluate_without_a_trigger_measures_accuracy(run: Run, files: Files) -> None:
     result = run(
         "evaluate",
