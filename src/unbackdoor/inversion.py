@@ -224,6 +224,11 @@ def invert_all(
     return tuple(_measured(frozen, clean, search, options) for search in searches)
 
 
+def norms_of(triggers: Sequence[InvertedTrigger]) -> list[float]:
+    """Return the l1 norm of each trigger, NaN for those that do not work."""
+    return [trigger.l1 if trigger.reached else math.nan for trigger in triggers]
+
+
 def anomaly_indices(norms: Sequence[float], *, fewest: int = 5) -> list[float]:
     """Return how far below the median each norm lies, in robust standard deviations.
 

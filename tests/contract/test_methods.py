@@ -30,7 +30,16 @@ from unbackdoor.attacks import (
     WaNet,
 )
 from unbackdoor.detect import Collapse, CorrelationRatio, Scan, UnlearntLabel, UnlearntSample, UnlearntTrigger
+from unbackdoor.detect.ac import ActivationClustering
 from unbackdoor.detect.calibration import Calibration
+from unbackdoor.detect.head_weights import HeadWeights
+from unbackdoor.detect.ibd_psc import IBDPSC
+from unbackdoor.detect.mm_bd import MaximumMargin
+from unbackdoor.detect.nc import TriggerSize
+from unbackdoor.detect.scale_up import ScaleUp
+from unbackdoor.detect.scan_statistics import SCAn
+from unbackdoor.detect.spectral import SpectralSignatures
+from unbackdoor.detect.strip import STRIP
 from unbackdoor.inversion import Inversion
 from unbackdoor.masks import MaskTraining
 from unbackdoor.purify import (
@@ -238,10 +247,38 @@ DETECTORS: dict[str, ModelDetector] = {
     ),
     "rnp-trigger": UnlearntTrigger(replace(SUPPRESSION, stop_accuracy=1.0), INVERSION),
     "scan": ScanDetector(Scan(suppression=SUPPRESSION)),
+    "nc": TriggerSize(INVERSION),
+    "nc-ratio": TriggerSize(INVERSION, statistic="ratio", fewest_classes=3),
+    "nc-log-calibrated": TriggerSize(
+        INVERSION,
+        "log_index",
+        fewest_classes=3,
+        calibration=Calibration((0.1, 0.2, 0.3), "three"),
+        alpha=0.25,
+    ),
+    "mm-bd": MaximumMargin(restarts=3, steps=4, together=2, fewest_classes=4),
+    "mm-bd-simulated": MaximumMargin(
+        restarts=3, steps=4, momentum=0.0, fewest_classes=4, null="simulated", draws=20
+    ),
+    "head-weights": HeadWeights(),
+    "head-weights-both": HeadWeights(side="both", fewest_classes=4),
 }
 
 SAMPLE_DETECTORS: dict[str, SampleDetector] = {
     "rnp-sample": UnlearntSample(SUPPRESSION),
+    "ac": ActivationClustering(),
+    "ac-whitened": ActivationClustering("distance", dimensions=2, whiten=True, restarts=2, fewest=1),
+    "ac-larger": ActivationClustering("larger", fewest=2),
+    "sc": SpectralSignatures(),
+    "sc-clean-ranks": SpectralSignatures("clean", "rank", "bimodality"),
+    "sc-an": SCAn(fewest=1),
+    "sc-an-authors": SCAn(shrinkage=0.1, iterations=5, one_mean="authors", fewest=2),
+    "strip": STRIP(n=5),
+    "strip-paper": STRIP.paper(n=5),
+    "scale-up": ScaleUp(),
+    "scale-up-data-free": ScaleUp("data_free", scales=(2.0, 4.0)),
+    "ibd-psc": IBDPSC(),
+    "ibd-psc-one": IBDPSC(n=1, xi=0.0),
 }
 
 

@@ -4,14 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
+from unbackdoor.detect.ac import ActivationClustering
 from unbackdoor.detect.collapse import Collapse
+from unbackdoor.detect.head_weights import HeadWeights
+from unbackdoor.detect.ibd_psc import IBDPSC
+from unbackdoor.detect.mm_bd import MaximumMargin
 from unbackdoor.detect.mnp import CorrelationRatio
+from unbackdoor.detect.nc import TriggerSize
 from unbackdoor.detect.rnp import UnlearntLabel, UnlearntSample, UnlearntTrigger
+from unbackdoor.detect.scale_up import ScaleUp
+from unbackdoor.detect.scan_statistics import SCAn
+from unbackdoor.detect.spectral import SpectralSignatures
+from unbackdoor.detect.strip import STRIP
 
 MODEL_DETECTORS: dict[str, type[Any]] = {
-    cls.name: cls for cls in (Collapse, CorrelationRatio, UnlearntLabel, UnlearntTrigger)
+    cls.name: cls
+    for cls in (
+        Collapse,
+        CorrelationRatio,
+        UnlearntLabel,
+        UnlearntTrigger,
+        TriggerSize,
+        MaximumMargin,
+        HeadWeights,
+    )
 }
 """By snake_case name; ``ModelDetector`` protocol, frozen dataclasses."""
 
-SAMPLE_DETECTORS: dict[str, type[Any]] = {cls.name: cls for cls in (UnlearntSample,)}
+SAMPLE_DETECTORS: dict[str, type[Any]] = {
+    cls.name: cls
+    for cls in (UnlearntSample, STRIP, ScaleUp, IBDPSC, ActivationClustering, SpectralSignatures, SCAn)
+}
 """By snake_case name; ``SampleDetector`` protocol, frozen dataclasses."""

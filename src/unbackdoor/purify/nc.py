@@ -17,7 +17,7 @@ from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.groups import find_filters
 from unbackdoor.filters.head import head_features, linear_head
 from unbackdoor.filters.select import order
-from unbackdoor.inversion import Inversion, InvertedTrigger, anomaly_indices, invert_all
+from unbackdoor.inversion import Inversion, InvertedTrigger, anomaly_indices, invert_all, norms_of
 from unbackdoor.purify.copies import fine_tuned, handed_back, working_copy
 from unbackdoor.purify.selection import Selection
 from unbackdoor.train import Batch, LossStep, Recipe
@@ -228,8 +228,7 @@ def flagged_classes(
     triggers: Sequence[InvertedTrigger], threshold: float, *, fewest: int
 ) -> tuple[list[float], list[int]]:
     """Return the anomaly index of each trigger, NaN for those that do not work, and the flagged classes."""
-    norms = [trigger.l1 if trigger.reached else math.nan for trigger in triggers]
-    indices = anomaly_indices(norms, fewest=fewest)
+    indices = anomaly_indices(norms_of(triggers), fewest=fewest)
     flagged = [
         trigger.target_class for trigger, index in zip(triggers, indices, strict=True) if index > threshold
     ]
