@@ -177,6 +177,7 @@ ATTACKS: dict[str, Attack] = {
 }
 PURIFIERS: dict[str, Purifier] = {
     "default": QUICK,
+    "both-ways": replace(QUICK, exposures=("inversion", "suppression"), act_on="smallest"),
     "paper": replace(MNP.paper(count=5), suppression=replace(SUPPRESSION, stop_accuracy=0.0), masks=MASKS),
     "no-suppression": replace(QUICK, stages=("penalise", "preserve"), score="sum"),
     "no-penalty": replace(QUICK, stages=("suppress", "preserve")),
