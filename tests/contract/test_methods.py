@@ -31,7 +31,10 @@ from unbackdoor.attacks import (
 )
 from unbackdoor.detect import Collapse, CorrelationRatio, Scan, UnlearntLabel, UnlearntSample, UnlearntTrigger
 from unbackdoor.detect.ac import ActivationClustering
+from unbackdoor.detect.ban import BAN
+from unbackdoor.detect.bti_dbf import BTIDBF
 from unbackdoor.detect.calibration import Calibration
+from unbackdoor.detect.decoupling import Decoupling
 from unbackdoor.detect.head_weights import HeadWeights
 from unbackdoor.detect.ibd_psc import IBDPSC
 from unbackdoor.detect.mm_bd import MaximumMargin
@@ -263,6 +266,17 @@ DETECTORS: dict[str, ModelDetector] = {
     ),
     "head-weights": HeadWeights(),
     "head-weights-both": HeadWeights(side="both", fewest_classes=4),
+    "bti-dbf": BTIDBF(),
+    "bti-dbf-calibrated": BTIDBF(
+        Decoupling(steps=3, penalty=0.5, starts=1),
+        fewest_classes=3,
+        calibration=Calibration((0.1, 0.2, 0.3), "three"),
+        alpha=0.25,
+    ),
+    "ban": BAN(Decoupling(steps=4, penalty=0.75), steps=3, batch_size=16),
+    "ban-whole": BAN(
+        Decoupling(steps=2), steps=2, batch_size=8, project_noise=True, norm_mode="eval", reading="whole"
+    ),
 }
 
 SAMPLE_DETECTORS: dict[str, SampleDetector] = {

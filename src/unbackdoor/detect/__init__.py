@@ -1,6 +1,8 @@
 """Detectors: how suspicious is a model, seen with clean images alone; one file a method."""
 
 from unbackdoor.detect.ac import ActivationClustering as ActivationClustering
+from unbackdoor.detect.ban import BAN as BAN
+from unbackdoor.detect.bti_dbf import BTIDBF as BTIDBF
 from unbackdoor.detect.collapse import Collapse as Collapse
 from unbackdoor.detect.head_weights import HeadWeights as HeadWeights
 from unbackdoor.detect.ibd_psc import IBDPSC as IBDPSC

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from unbackdoor.detect.ac import ActivationClustering
+from unbackdoor.detect.ban import BAN
+from unbackdoor.detect.bti_dbf import BTIDBF
 from unbackdoor.detect.collapse import Collapse
 from unbackdoor.detect.head_weights import HeadWeights
 from unbackdoor.detect.ibd_psc import IBDPSC
@@ -27,6 +29,8 @@ MODEL_DETECTORS: dict[str, type[Any]] = {
         TriggerSize,
         MaximumMargin,
         HeadWeights,
+        BTIDBF,
+        BAN,
     )
 }
 """By snake_case name; ``ModelDetector`` protocol, frozen dataclasses."""

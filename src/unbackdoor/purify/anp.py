@@ -22,10 +22,11 @@ from unbackdoor.compute import (
     memory_format_for,
     mode,
 )
-from unbackdoor.errors import InvalidInputError, UnsupportedModelError
-from unbackdoor.filters.groups import FilterMap, find_filters
+from unbackdoor.errors import InvalidInputError
+from unbackdoor.filters.groups import find_filters
 from unbackdoor.filters.mask import PruneMode
 from unbackdoor.filters.select import below
+from unbackdoor.neuron_noise import Target, ascended, perturbed_tensors, random_noise, targets_of
 from unbackdoor.purify.selection import Selection, select
 from unbackdoor.train import Batch, batches
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
@@ -204,11 +205,7 @@ class ANP:
     ) -> dict[str, Tensor]:
         """Return adversarial noise by tensor name, each ``(filters,)`` without gradient."""
         fixed = {name: mask.detach() for name, mask in masks.items()}
-        noise = {
-            name: ((2 * torch.rand(t.filters, generator=generator) - 1) * self.eps).to(batch.images.device)
-            for t in targets
-            for name in (*t.scales, *t.shifts)
-        }
+        noise = random_noise(targets, self.eps, generator=generator, device=batch.images.device)
         if self.eps == 0:
             return noise
         for _ in range(self.steps):
@@ -218,103 +215,6 @@ class ANP:
             gradients = torch.autograd.grad(loss, list(noise.values()))
             noise = ascended(noise, gradients, self.eps, self.steps, project=self.project_noise)
         return noise
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the mask and the noise of one layer's filters multiply.
-
-    Args:
-        name: The layer.
-        filters: Number of filters.
-        scales: Tensors that take the mask and noise of their own, ``(filters, ...)``.
-        shifts: Tensors that take noise of their own only, ``(filters,)``.
-        on_norm: Whether they belong to norms, not to the layer itself.
-    """
-
-    name: str
-    filters: int
-    scales: tuple[str, ...]
-    shifts: tuple[str, ...]
-    on_norm: bool
-
-
-def targets_of(filter_map: FilterMap) -> tuple[Target, ...]:
-    """Return the norms behind the removable layers, or, where no layer has one, the layers themselves.
-
-    Raises:
-        UnsupportedModelError: If there is no removable layer.
-    """
-    normed = tuple(
-        Target(
-            group.name,
-            group.filters,
-            tuple(norm.weight for norm in group.norms if norm.weight),
-            tuple(norm.bias for norm in group.norms if norm.weight and norm.bias),
-            on_norm=True,
-        )
-        for group in filter_map.prunable
-        if any(norm.weight for norm in group.norms)
-    )
-    if normed:
-        return normed
-    bare = tuple(
-        Target(g.name, g.filters, (g.weight,), (g.bias,) if g.bias else (), on_norm=False)
-        for g in filter_map.prunable
-    )
-    if not bare:
-        raise UnsupportedModelError(
-            "this network has no layer but its head that filters could be removed from, so there is nothing "
-            "to mask; use a method that fine-tunes."
-        )
-    return bare
-
-
-def perturbed_tensors(
-    tensors: Mapping[str, Tensor],
-    targets: Sequence[Target],
-    masks: Mapping[str, Tensor],
-    noise: Mapping[str, Tensor] | None,
-) -> dict[str, Tensor]:
-    """Return ``(m + delta) gamma`` and ``(1 + xi) beta`` for every target; differentiable.
-
-    Args:
-        tensors: The parameters of the network by name.
-        targets: From ``targets_of``.
-        masks: Layer name to ``(filters,)``.
-        noise: Tensor name to ``(filters,)``; None for none.
-
-    Returns:
-        Replacements for ``torch.func.functional_call``.
-    """
-    replaced = {}
-    for target in targets:
-        for name in target.scales:
-            factor = masks[target.name] if noise is None else masks[target.name] + noise[name]
-            replaced[name] = tensors[name] * factor.view(-1, *[1] * (tensors[name].ndim - 1))
-        if noise is not None:
-            for name in target.shifts:
-                replaced[name] = tensors[name] * (1 + noise[name])
-    return replaced
-
-
-def ascended(
-    noise: Mapping[str, Tensor], gradients: Sequence[Tensor], eps: float, steps: int, *, project: bool
-) -> dict[str, Tensor]:
-    """Return ``noise`` after one signed step of size ``eps / steps``, clipped to the budget if asked for.
-
-    Args:
-        noise: Tensor name to ``(filters,)``.
-        gradients: Those of the loss, in the order of ``noise``.
-        eps: Budget.
-        steps: Number of steps in which the budget is walked.
-        project: Whether to clip to [-eps, eps].
-    """
-    moved = {
-        name: each.detach() + eps / steps * gradient.sign()
-        for (name, each), gradient in zip(noise.items(), gradients, strict=True)
-    }
-    return {name: each.clamp(-eps, eps) if project else each for name, each in moved.items()}
 
 
 def _loss(

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from unbackdoor import rng
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters import find_filters
+from unbackdoor.neuron_noise import targets_of
 from unbackdoor.purify import ANP
-from unbackdoor.purify.anp import ascended, perturbed_tensors, targets_of
 from unbackdoor.purify.selection import Selection
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.types import LabelledImages, Purified
@@ -61,27 +61,6 @@ def test_one_step_without_noise_is_plain_gradient_descent_on_the_masks() -> None
     expected = (1 - 0.2 * gradient).clamp(0, 1)
     torch.testing.assert_close(result.scores["0"], expected, rtol=1e-4, atol=1e-6)
     assert float(expected.min()) < 1
-
-
-def test_noise_enters_scale_beside_the_mask_and_shift_alone() -> None:
-    model = normed_network()
-    targets = targets_of(find_filters(model, CLEAN.floats()[:1]))
-    generator = rng.generator(1)
-    mask, delta, xi = (torch.rand(16, generator=generator) for _ in range(3))
-    tensors = dict(model.named_parameters())
-    replaced = perturbed_tensors(tensors, targets, {"0": mask}, {"1.weight": delta, "1.bias": xi})
-    torch.testing.assert_close(replaced["1.weight"], (mask + delta) * tensors["1.weight"])
-    torch.testing.assert_close(replaced["1.bias"], (1 + xi) * tensors["1.bias"])
-    plain = perturbed_tensors(tensors, targets, {"0": mask}, None)
-    assert set(plain) == {"1.weight"}
-    torch.testing.assert_close(plain["1.weight"], mask * tensors["1.weight"])
-
-
-def test_ascent_steps_are_signed_and_projected_only_if_asked_for() -> None:
-    noise = {"a": torch.tensor([0.3, -0.3, 0.1])}
-    gradient = [torch.tensor([5.0, -1e-9, 0.0])]
-    assert ascended(noise, gradient, 0.4, 2, project=False)["a"].tolist() == pytest.approx([0.5, -0.5, 0.1])
-    assert ascended(noise, gradient, 0.4, 2, project=True)["a"].tolist() == pytest.approx([0.4, -0.4, 0.1])
 
 
 def test_adversarial_noise_raises_the_loss_of_random_noise() -> None:
