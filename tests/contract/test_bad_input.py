@@ -104,7 +104,7 @@ def test_small_large_and_grey_images_work(name: str, channels: int, side: int) -
 
 def test_names_may_have_dashes_and_unknown_ones_are_refused() -> None:
     assert type(attack_named("adap-blend")) is type(attack_named("adap_blend"))
-    with pytest.raises(InvalidInputError, match=r"unknown attack 'nope'; known are badnets, trojan"):
+    with pytest.raises(InvalidInputError, match=r"unknown attack 'nope': known are badnets, trojan"):
         attack_named("nope")
 
 

@@ -64,10 +64,11 @@ def test_planted_network_loads_as_a_user_factory(tmp_path: Path) -> None:
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", range(4))
 def test_mnp_removes_planted_filters(seed: int) -> None:
-    # Seeds are fixed, so luck enters through rounding on other machines alone; none of 24 seeds failed.
+    # Seeds are fixed, so luck enters through rounding on other machines alone. Of 48 draws of the method's
+    # randomness 2 failed: two guilty filters were enough for the suppressed copy, and the others stayed.
     planted = planted_backdoor(seed=seed, target_class=seed)
     clean = planted.clean_data(200, rng.generator(1000 + seed))
-    purified = MNP().purify(planted.model, clean, generator=rng.generator(seed))
+    purified = MNP().purify(planted.model, clean, generator=rng.generator(100 + seed))
     accuracy, success = rates(planted, purified.model)
     assert accuracy >= 0.98
     assert success <= 0.1
