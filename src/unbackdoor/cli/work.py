@@ -155,7 +155,7 @@ def _outcome(model: nn.Module, purified: Purified, filter_map: FilterMap) -> str
     removed = purified.mask.n_removed if purified.mask else 0
     filters = sum(group.filters for group in filter_map.prunable)
     pruned = f"{removed:,} of {filters:,} filters removed" if removed else ""
-    if removed and changed <= sum(tensor.numel() for tensor in before.values()) / 2:
+    if removed and changed <= total / 2:
         return pruned
     return ", ".join(filter(None, (pruned, f"{changed:,} of {total:,} weights changed")))
 
