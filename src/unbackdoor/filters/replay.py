@@ -70,6 +70,8 @@ class Replay:
         Args:
             changed: Names of the parameters and buffers that differ.
         """
+        if not self._passes:
+            return self.record()
         owners = {name.rpartition(".")[0] for name in changed}
         # A module that never ran lends its tensors to somebody else, who may have run at any time.
         start = min((self._starts.get(owner, 0) for owner in owners), default=0)
