@@ -37,9 +37,6 @@ from unbackdoor.types import LabelledImages, Progress, as_float, silent
 _OPEN = 1e-6
 """Keeps tanh from saturating where a mask or pattern starts at 0 or 1."""
 
-_CANDIDATES = 5
-"""How many of the smallest masks are measured again at the end."""
-
 _MAD_TO_SIGMA = 1.4826
 _MEAN_DEVIATION_TO_SIGMA = 1.2533
 
@@ -68,7 +65,7 @@ class Inversion:
         precision: Of the forward and backward passes.
     """
 
-    steps: int = 300
+    steps: int = 150
     round_steps: int = 5
     batch_size: int = 32
     together: int = 10
@@ -331,7 +328,7 @@ class _Search:
             self.nearest, self.nearest_success = now, success
         best = self.found[-1].l1 if self.found else math.inf
         if success >= options.success and now.l1 < best:
-            self.found = [*self.found, now][-_CANDIDATES:]
+            self.found.append(now)
         self._schedule(options, good=success >= options.success)
         return self.steps < options.steps and not self._settled(options)
 
@@ -404,8 +401,14 @@ def _step(model: nn.Module, images: Tensor, searches: Sequence[_Search], options
 def _measured(
     model: nn.Module, clean: LabelledImages, search: _Search, options: Inversion
 ) -> InvertedTrigger:
-    """Take the smallest mask whose success holds on all images; else the most successful one."""
-    candidates = [*reversed(search.found), search.nearest]
+    """Take a small mask whose success holds on all images; else the most successful one.
+
+    A round sees few images, so the smallest masks often fail on all. The search goes back from them in steps
+    that double: a mask of a late round is far smaller than what the first rounds held.
+    """
+    backwards = [*reversed(search.found)]
+    reach = range(len(backwards).bit_length())
+    candidates = [*(backwards[2**k - 1] for k in reach), search.nearest]
     rates: list[float] = []
     for candidate in candidates:
         rates.append(_success(model, clean, search, candidate))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,11 @@ from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.groups import FilterMap
 from unbackdoor.filters.mask import FilterMask, PruneMode, cleared_tensors
 from unbackdoor.filters.replay import Replay
+from unbackdoor.filters.saliency import taylor_saliency
 from unbackdoor.types import LabelledImages, Progress, silent
+
+_SCREENING_IMAGES = 256
+"""How many images the first-order estimates are made on: they only say what is worth a trial."""
 
 
 def order(scores: Mapping[str, Tensor], *tie_breaks: Mapping[str, Tensor]) -> list[tuple[str, int]]:
@@ -58,6 +63,9 @@ class Guard:
             what it was at the start, in [0, 1). A backdoor's filters are what keeps a suppressed copy from
             its clean task, or stamped images from their class; others cost a little clean accuracy each and
             give nothing back. 0 asks for no benefit.
+        screen: Candidates whose first-order estimate of the benefit (``taylor_saliency``, where the backdoor
+            was exposed) is below this share of ``benefit`` are passed over without a trial; 0 tries all.
+        patience: The walk ends when so many candidates in a row were tried and stayed; 0 tries all.
     """
 
     candidates: float = 0.15
@@ -65,10 +73,16 @@ class Guard:
     total: float = 0.025
     accuracy: float = 0.01
     benefit: float = 0.01
+    screen: float = 0.5
+    patience: int = 60
 
     def __post_init__(self) -> None:
         if not 0 < self.candidates <= 1:
             raise InvalidInputError(f"the guard's candidates must lie in (0, 1], got {self.candidates}.")
+        if self.screen < 0 or self.patience < 0:
+            raise InvalidInputError(
+                f"the guard's screen and patience must be at least 0, got {self.screen} and {self.patience}."
+            )
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,8 @@ class Step:
     Args:
         layer: Its layer.
         filter: Its index in the layer.
-        loss_change: Rise of the clean loss by removing it, on top of what was removed before (nats).
+        loss_change: Rise of the clean loss by removing it, on top of what was removed before (nats); NaN
+            where it was passed over without a trial.
         benefit: Fall of the loss where the backdoor was exposed, as a share of its start; NaN where it was
             not asked.
         removed: Whether it was removed.
@@ -91,6 +106,13 @@ class Step:
     benefit: float
     removed: bool
     accuracy: float
+
+    def describe(self) -> dict[str, Any]:
+        """Return JSON values, which know no NaN: None takes its place."""
+        return {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +162,18 @@ def guarded_walk(
     now = trial.measure()
     start = now if reference is None else _Trial.of(full.apply(reference, filter_map), clean).measure()
     copy_start = copy_now = copy.measure().loss if copy else math.nan
+    least = guard.screen * guard.benefit * copy_start if copy else 0.0
+    promise = _promise(copy, filter_map) if copy and least else None
     removed: list[tuple[str, int]] = []
     steps: list[Step] = []
+    in_vain = 0
     for done, (layer, index) in enumerate(candidates):
+        if guard.patience and in_vain >= guard.patience:
+            break
+        progress("guarded walk", done + 1, len(candidates))
+        if promise and promise[layer][index] < least:
+            steps.append(Step(layer, index, math.nan, math.nan, False, now.accuracy))
+            continue
         names = cleared_tensors(filter_map.group(layer), prune_mode)
         new = trial.without(names, index)
         accepted = (
@@ -161,11 +192,24 @@ def guarded_walk(
         steps.append(
             Step(layer, index, new.loss - now.loss, benefit, accepted, (new if accepted else now).accuracy)
         )
+        in_vain = 0 if accepted else in_vain + 1
         if accepted:
             removed.append((layer, index))
             now, copy_now = new, copy_new
-        progress("guarded walk", done + 1, len(candidates))
+            promise = _promise(copy, filter_map) if copy and promise else None
+    if len(steps) < len(candidates):
+        progress("guarded walk", len(candidates), len(candidates))
     return full.without(removed), steps
+
+
+def _promise(copy: _Trial, filter_map: FilterMap) -> Mapping[str, Sequence[float]]:
+    """Return by how much the loss would fall to first order if each filter were removed."""
+    images = copy.replay.images
+    some = torch.linspace(0, len(images) - 1, min(len(images), _SCREENING_IMAGES)).long()
+    rises = taylor_saliency(
+        copy.replay.model, LabelledImages(images[some], copy.labels[some.to(copy.labels.device)]), filter_map
+    )
+    return {name: (-values).tolist() for name, values in rises.items()}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -289,7 +288,7 @@ class _Run:
         ranked = order(scores, *exposure.tie_breaks)
         mask, steps = self._choose(exposure.exposed, scores, ranked)
         self.mask = self.mask & mask
-        self.steps += [{"exposure": way, **_plain(step)} for step in steps]
+        self.steps += [{"exposure": way, **step.describe()} for step in steps]
         self.scores = {
             name: torch.minimum(values, self.scores[name]) if name in self.scores else values
             for name, values in scores.items()
@@ -410,9 +409,3 @@ def _described(suppressed: Suppressed | None) -> dict[str, Any] | None:
 
 def _learnt(masks: LearntMasks) -> dict[str, Any]:
     return {"losses": list(masks.losses), "clipped_fraction": masks.clipped, "steps": masks.steps}
-
-
-def _plain(step: Step) -> dict[str, Any]:
-    # JSON knows no NaN: a benefit that was not asked for is None.
-    row = asdict(step)
-    return row | {"benefit": row["benefit"] if math.isfinite(row["benefit"]) else None}

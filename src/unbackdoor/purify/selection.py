@@ -6,9 +6,8 @@ the same guard for every method, a comparison compares scores and not tuning.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -62,13 +61,7 @@ class Selected:
 
     def describe(self) -> dict[str, Any]:
         """Return JSON values for ``Purified.diagnostics``."""
-        walk = [asdict(step) for step in self.steps]
-        # JSON knows no NaN: a benefit that was not asked for is None.
-        return {"walk": [row | {"benefit": _finite(row["benefit"])} for row in walk]}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        return {"walk": [step.describe() for step in self.steps]}
 
 
 def select(

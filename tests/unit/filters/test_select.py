@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import json
+import math
 from itertools import pairwise
 
 import pytest
@@ -10,7 +13,7 @@ import networks as nets
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters import FilterMap, find_filters
 from unbackdoor.filters.saliency import clean_loss
-from unbackdoor.filters.select import Guard, below, guarded_walk, order
+from unbackdoor.filters.select import Exposed, Guard, below, guarded_walk, order
 from unbackdoor.types import LabelledImages
 
 DEAD = (1, 4)
@@ -143,3 +146,57 @@ def test_progress_is_told_of_every_candidate() -> None:
     calls: list[tuple[str, int, int]] = []
     guarded_walk(model, clean, found, ALL, Guard(), progress=lambda *call: calls.append(call))
     assert calls == [("guarded walk", done, 6) for done in range(1, 7)]
+
+
+def harmed() -> tuple[nn.Module, LabelledImages, FilterMap, Exposed]:
+    """The network above and a copy that its first dead unit drives to class 0; the other does nothing."""
+    model, clean, found = planted()
+    poisoned = copy.deepcopy(model)
+    with torch.no_grad():
+        poisoned.second.weight[0, DEAD[0]] = 5.0  # type: ignore[union-attr, operator]
+    return model, clean, found, Exposed(poisoned, clean)
+
+
+def test_what_promises_nothing_is_passed_over_without_a_trial() -> None:
+    model, clean, found, exposed = harmed()
+    mask, steps = guarded_walk(model, clean, found, ALL, Guard(), exposed=exposed)
+    assert mask.removed() == [("first", DEAD[0])]
+    other = steps[DEAD[1]]
+    assert math.isnan(other.loss_change)
+    assert not other.removed
+    tried, all_steps = guarded_walk(model, clean, found, ALL, Guard(screen=0.0), exposed=exposed)
+    assert tried.equals(mask)
+    assert not any(math.isnan(step.loss_change) for step in all_steps)
+    assert json.loads(json.dumps(other.describe(), allow_nan=False))["loss_change"] is None
+
+
+def test_promises_are_made_again_after_each_removal() -> None:
+    model, clean, found, exposed = harmed()
+    with torch.no_grad():
+        # The second unit drives to class 1, but less: that shows only once the first is gone.
+        exposed.model.second.weight[1, DEAD[1]] = 3.0  # type: ignore[union-attr, operator]
+    backwards, _ = guarded_walk(model, clean, found, ALL[:0:-1], Guard(), exposed=exposed)
+    assert backwards.removed() == [("first", DEAD[0])]
+    mask, _ = guarded_walk(model, clean, found, ALL, Guard(), exposed=exposed)
+    assert mask.removed() == [("first", j) for j in DEAD]
+
+
+def test_the_walk_ends_when_nothing_has_come_of_it_for_long() -> None:
+    model, clean, found = planted()
+    vital_first = [("first", j) for j in (*VITAL, *DEAD)]
+    mask, steps = guarded_walk(model, clean, found, vital_first, Guard(patience=3))
+    assert mask.n_removed == 0
+    assert [step.filter for step in steps] == list(VITAL[:3])
+    mask, steps = guarded_walk(model, clean, found, vital_first, Guard(patience=5))
+    assert mask.n_removed == len(DEAD)
+    calls: list[tuple[str, int, int]] = []
+    guarded_walk(
+        model, clean, found, vital_first, Guard(patience=1), progress=lambda *call: calls.append(call)
+    )
+    assert calls[-1] == ("guarded walk", 6, 6)
+
+
+@pytest.mark.parametrize("wrong", [{"screen": -0.1}, {"patience": -1}])
+def test_a_guard_needs_a_sensible_screen_and_patience(wrong: dict[str, float]) -> None:
+    with pytest.raises(InvalidInputError, match="screen and patience"):
+        Guard(**wrong)  # type: ignore[arg-type]
