@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -53,7 +54,12 @@ class MNP:
         exposures: Ways in which filters are exposed: ``inversion``, ``suppression``.
         inversion: How triggers are inverted, for every class.
         anomaly_threshold: Classes whose trigger's norm has a larger anomaly index are suspicious.
+        outlier_share: They are only if that norm is at most this share of the median as well, in (0, 1]:
+            with ten classes an index above 2 is common on clean models.
         fewest_classes: With fewer valid norms no class is: their median says nothing.
+        settled: If the removals took at least this share of the loss on stamped images away, a backdoor was
+            found and is gone: the ways after ``inversion`` are not taken, since they would cost clean
+            accuracy for nothing. Above 1: all ways are always taken.
         act_on: ``flagged`` classes, or the class with the ``smallest`` trigger if none is flagged.
         suppression: Clean suppression, Eq. 6.
         masks: How M1 and M2 are learnt.
@@ -89,7 +95,9 @@ class MNP:
     exposures: tuple[Way, ...] = ("suppression",)
     inversion: Inversion = field(default_factory=Inversion)
     anomaly_threshold: float = 2.0
+    outlier_share: float = 0.5
     fewest_classes: int = 5
+    settled: float = 0.7
     act_on: Literal["flagged", "smallest"] = "flagged"
     suppression: Suppression = field(default_factory=Suppression)
     masks: MaskTraining = field(default_factory=MaskTraining)
@@ -123,6 +131,8 @@ class MNP:
             raise InvalidInputError(
                 f"exposures must name 'inversion' or 'suppression' or both, got {self.exposures}."
             )
+        if not 0 < self.outlier_share <= 1:
+            raise InvalidInputError(f"outlier_share must lie in (0, 1], got {self.outlier_share}.")
         if not 0 <= self.held_out_fraction < 1:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
         if self.count < 0:
@@ -175,7 +185,9 @@ class MNP:
         run = _Run(self, model, filter_map, learning, guarding, progress)
         expose = {"inversion": run.by_inversion, "suppression": run.by_suppression}
         for way in self.exposures:
-            run.remove(way, expose[way](rng.spawn(generator)))
+            relieved = run.remove(way, expose[way](rng.spawn(generator)))
+            if way == "inversion" and relieved >= self.settled:
+                break
         return Purified(
             model=run.pruned(),
             mask=run.mask,
@@ -268,8 +280,8 @@ class _Run:
         method, model = self.method, self.pruned()
         triggers, found = suspects(
             model, self.learning, method.inversion, threshold=method.anomaly_threshold,
-            fewest=method.fewest_classes, smallest=method.act_on == "smallest",
-            generator=rng.spawn(generator), progress=self.progress,
+            largest_share=method.outlier_share, fewest=method.fewest_classes,
+            smallest=method.act_on == "smallest", generator=rng.spawn(generator), progress=self.progress,
         )  # fmt: skip
         self.diagnostics["inversion"] = found
         if not triggers:
@@ -279,10 +291,14 @@ class _Run:
         self.diagnostics["inversion"]["masks"] = _learnt(m1)
         return self._exposure(m1, None, model, Exposed(model, held))
 
-    def remove(self, way: str, exposure: _Exposure | None) -> None:
-        """Remove what was exposed, as far as the method allows."""
+    def remove(self, way: str, exposure: _Exposure | None) -> float:
+        """Remove what was exposed, as far as the method allows.
+
+        Returns:
+            The share of the loss where the backdoor was exposed that went with it; 0 if nobody measured.
+        """
         if exposure is None:
-            return
+            return 0.0
         allowed = self._allowed()
         scores = {name: values.cpu() for name, values in exposure.scores.items() if name in allowed}
         ranked = order(scores, *exposure.tie_breaks)
@@ -293,6 +309,7 @@ class _Run:
             name: torch.minimum(values, self.scores[name]) if name in self.scores else values
             for name, values in scores.items()
         }
+        return sum(step.benefit for step in steps if step.removed and not math.isnan(step.benefit))
 
     def _m1(
         self, model: nn.Module, data: LabelledImages, source: nn.Module, generator: torch.Generator

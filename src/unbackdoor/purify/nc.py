@@ -197,6 +197,7 @@ def suspects(
     threshold: float,
     fewest: int,
     smallest: bool,
+    largest_share: float = 1.0,
     generator: torch.Generator,
     progress: Progress = silent,
 ) -> tuple[list[InvertedTrigger], dict[str, Any]]:
@@ -209,11 +210,12 @@ def suspects(
         threshold: Classes with a larger anomaly index are flagged.
         fewest: With fewer valid norms nothing is flagged.
         smallest: Act on the smallest mask that works if nothing is flagged.
+        largest_share: Flagged classes also need a norm of at most this share of the median.
         generator: All randomness follows it.
         progress: Called after each round.
     """
     triggers = invert_all(model, clean, inversion, generator=generator, progress=progress)
-    indices, flagged = flagged_classes(triggers, threshold, fewest=fewest)
+    indices, flagged = flagged_classes(triggers, threshold, fewest=fewest, largest_share=largest_share)
     chosen = flagged or (smallest_reached(triggers) if smallest else [])
     found = {
         "triggers": [trigger.describe() for trigger in triggers],
@@ -225,12 +227,16 @@ def suspects(
 
 
 def flagged_classes(
-    triggers: Sequence[InvertedTrigger], threshold: float, *, fewest: int
+    triggers: Sequence[InvertedTrigger], threshold: float, *, fewest: int, largest_share: float = 1.0
 ) -> tuple[list[float], list[int]]:
     """Return the anomaly index of each trigger, NaN for those that do not work, and the flagged classes."""
-    indices = anomaly_indices(norms_of(triggers), fewest=fewest)
+    norms = norms_of(triggers)
+    indices = anomaly_indices(norms, fewest=fewest)
+    limit = largest_share * float(torch.tensor(norms).nanquantile(0.5)) if norms else math.nan
     flagged = [
-        trigger.target_class for trigger, index in zip(triggers, indices, strict=True) if index > threshold
+        trigger.target_class
+        for trigger, index in zip(triggers, indices, strict=True)
+        if index > threshold and trigger.l1 <= limit
     ]
     return indices, flagged
 

@@ -129,6 +129,17 @@ def test_inversion_exposes_the_planted_filters_and_names_their_class() -> None:
     json.dumps(result.diagnostics, allow_nan=False)
 
 
+@pytest.mark.parametrize("first_settles", [True, False])
+def test_what_inversion_settled_is_left_alone(first_settles: bool) -> None:
+    alone = purify(INVERTING).diagnostics["walk"]
+    relieved = sum(step["benefit"] for step in alone if step["removed"])
+    assert relieved > 0.5
+    settled = relieved - 0.01 if first_settles else relieved + 0.01
+    result = purify(replace(INVERTING, exposures=("inversion", "suppression"), settled=settled))
+    ways = {step["exposure"] for step in result.diagnostics["walk"]}
+    assert ways == ({"inversion"} if first_settles else {"inversion", "suppression"})
+
+
 def test_without_a_suspicious_class_inversion_changes_nothing() -> None:
     result = purify(replace(INVERTING, act_on="flagged"))
     assert removed(result) == 0
@@ -139,7 +150,7 @@ def test_without_a_suspicious_class_inversion_changes_nothing() -> None:
 
 
 def test_both_ways_share_one_budget() -> None:
-    both = purify(replace(INVERTING, exposures=("inversion", "suppression")))
+    both = purify(replace(INVERTING, exposures=("inversion", "suppression"), settled=2.0))
     walk = both.diagnostics["walk"]
     ways = [step["exposure"] for step in walk]
     assert ways == sorted(ways)
@@ -158,6 +169,7 @@ def test_both_ways_share_one_budget() -> None:
     [
         ({"exposures": ()}, "exposures must name"),
         ({"exposures": ("magic",)}, "exposures must name"),
+        ({"outlier_share": 0.0}, "outlier_share must lie"),
         ({"stages": ("suppress",)}, "stages must name 'penalise' or 'preserve'"),
         ({"stages": ("penalise", "magic")}, "stages must name"),
         ({"held_out_fraction": 1.0}, r"held_out_fraction must lie in \[0, 1\)"),

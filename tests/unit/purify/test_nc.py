@@ -94,6 +94,9 @@ def test_flags_by_hand() -> None:
     indices, flagged = flagged_classes(triggers, 2.0, fewest=5)
     assert indices[0] == pytest.approx(22 / 2.9652)
     assert flagged == [0]
+    # The median is 32: a class needs a norm of at most the share of it that was asked for.
+    assert flagged_classes(triggers, 2.0, fewest=5, largest_share=0.3)[1] == []
+    assert flagged_classes(triggers, 2.0, fewest=5, largest_share=0.32)[1] == [0]
     # A tiny mask that does not work is no evidence: it is left out and flags nothing.
     failed = [trigger(0, 1.0, reached=False), *(trigger(k, 30.0 + k) for k in range(1, 6))]
     assert flagged_classes(failed, 2.0, fewest=5)[1] == []
