@@ -47,8 +47,8 @@ class MNP:
     on what the one before left: by ``inversion``, M1 is learnt on clean images and on the same images
     stamped with the triggers of suspicious classes, under their true labels; by ``suppression``, as in the
     paper. One guard bounds what all together cost; a filter goes only if that helps where the backdoor was
-    exposed. If no class is suspicious, inversion removes nothing. The default stays with suppression until
-    both are measured against each other.
+    exposed. If no class is suspicious, inversion removes nothing; if inversion settled it, suppression, which
+    costs clean accuracy, is left out.
 
     Args:
         exposures: Ways in which filters are exposed: ``inversion``, ``suppression``.
@@ -92,7 +92,7 @@ class MNP:
     source: ClassVar[str] = "Li, Jiang, Yi 2024, arXiv 2405.17750"
     needs: ClassVar[str] = "clean images with labels"
 
-    exposures: tuple[Way, ...] = ("suppression",)
+    exposures: tuple[Way, ...] = ("inversion", "suppression")
     inversion: Inversion = field(default_factory=Inversion)
     anomaly_threshold: float = 2.0
     outlier_share: float = 0.5
@@ -151,6 +151,7 @@ class MNP:
         both does not depend on them.
         """
         return MNP(
+            exposures=("suppression",),
             suppression=Suppression(budget=20, unit="epoch", stop_accuracy=0.0, momentum=0.0),
             masks=MaskTraining(momentum=0.0),
             score="sum",
