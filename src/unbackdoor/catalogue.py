@@ -40,7 +40,8 @@ class Entry:
     """A method in a list.
 
     Args:
-        kind: ``attack``, ``purifier``, ``model detector`` or ``sample detector``.
+        kind: ``attack``, ``purifier``, ``model detector`` or ``sample detector``; those for graphs have
+            ``graph`` before it.
         name: As the command line takes it, with dashes.
         title: Its name for people.
         source: The paper.

@@ -9,6 +9,9 @@ from unbackdoor import catalogue
 from unbackdoor.attacks.registry import ATTACKS
 from unbackdoor.detect.registry import MODEL_DETECTORS, SAMPLE_DETECTORS
 from unbackdoor.errors import InvalidInputError
+from unbackdoor.graph.attacks import ATTACKS as GRAPH_ATTACKS
+from unbackdoor.graph.detect import RIGBD
+from unbackdoor.graph.purify import PURIFIERS as GRAPH_PURIFIERS
 from unbackdoor.purify.registry import PURIFIERS
 from unbackdoor.settings import configure
 
@@ -19,6 +22,9 @@ EVERY = [
         ("purifier", PURIFIERS),
         ("model detector", MODEL_DETECTORS),
         ("sample detector", SAMPLE_DETECTORS),
+        ("graph attack", GRAPH_ATTACKS),
+        ("graph detector", {RIGBD.name: RIGBD}),
+        ("graph purifier", GRAPH_PURIFIERS),
     )
     for name, cls in known.items()
 ]

@@ -49,5 +49,10 @@ class Cell:
     @property
     def key(self) -> str:
         """SHA-256 of the canonical JSON text, in hexadecimal: equal cells have equal keys."""
-        text = json.dumps({"version": VERSION, **self.describe()}, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return key_of({"version": VERSION, **self.describe()})
+
+
+def key_of(description: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the canonical JSON text of a description, in hexadecimal."""
+    text = json.dumps(description, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import nn
 
-import unbackdoor
 from unbackdoor import rng
 from unbackdoor.bench import zoo
 from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.records import Question, answered
 from unbackdoor.bench.store import Record, Store
 from unbackdoor.catalogue import options_of
 from unbackdoor.costs import metered
 from unbackdoor.data.splits import draw_balanced
-from unbackdoor.errors import UnbackdoorError
 from unbackdoor.evaluate import clean_accuracy, evaluate
 from unbackdoor.purify.registry import purifier_named
 from unbackdoor.reactivate import reactivation
 from unbackdoor.settings import configure
 from unbackdoor.types import Infected, LabelledImages, Progress, Purified, silent
+
+Asked = TypeVar("Asked", bound=Question)
+Asked_contra = TypeVar("Asked_contra", bound=Question, contravariant=True)
+
+
+class Answering(Protocol[Asked_contra]):
+    """Answers questions of one kind."""
+
+    def answer(self, cell: Asked_contra, *, progress: Progress = silent) -> Record:
+        """Return the record of ``cell``."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +56,7 @@ class Bench:
             cell: The question.
             progress: Called during the defence.
         """
-        record: Record = {"key": cell.key, "cell": cell.describe(), **_circumstances(), "created": _now()}
-        try:
-            return record | {"status": "ok"} | self._measure(cell, progress)
-        except UnbackdoorError as error:
-            return record | {"status": "refused", "problem": str(error)}
-        except (RuntimeError, ValueError, ArithmeticError) as error:  # one method must not end a grid
-            return record | {"status": "failed", "problem": f"{type(error).__name__}: {error}"}
+        return answered(cell, lambda: self._measure(cell, progress))
 
     def _measure(self, cell: Cell, progress: Progress) -> dict[str, Any]:
         entry = zoo.entry_named(self.root, cell.model)
@@ -119,8 +118,8 @@ def _method(name: str, paper: bool, options: Mapping[str, str]) -> Any:  # noqa:
 
 
 def run(
-    bench: Bench,
-    cells: Iterable[Cell],
+    bench: Answering[Asked],
+    cells: Iterable[Asked],
     store: Store,
     *,
     progress: Progress = silent,
@@ -146,7 +145,7 @@ def run(
         said(_line(cell, record))
 
 
-def _line(cell: Cell, record: Record) -> str:
+def _line(cell: Question, record: Record) -> str:
     what = f"{cell.model} {cell.method}{' (paper)' if cell.paper else ''} seed {cell.seed}"
     if record["status"] != "ok":
         return f"{what}: {record['status']}: {record['problem']}"
@@ -171,33 +170,3 @@ def _notes(purified: Purified) -> dict[str, Any]:
         for name, value in purified.diagnostics.items()
         if isinstance(value, short) and name != "options"
     }
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@cache
-def _circumstances() -> dict[str, Any]:
-    return {
-        "unbackdoor": unbackdoor.__version__,
-        "git": _git_state(),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
-
-
-def _git_state() -> str | None:
-    """Return the commit that this code is of, with ``+`` if it was changed since; None outside a checkout."""
-    try:
-        head, changed = (
-            subprocess.run(  # noqa: S603
-                ["git", "-C", str(Path(__file__).parent), *arguments],  # noqa: S607
-                capture_output=True, text=True, check=True, timeout=10,
-            ).stdout.strip()
-            for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "src"))
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+" if changed else "")

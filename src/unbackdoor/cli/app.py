@@ -10,6 +10,7 @@ import typer
 from unbackdoor.cli.attack import attack
 from unbackdoor.cli.demo import demo
 from unbackdoor.cli.evaluate import evaluate
+from unbackdoor.cli.graph import graph
 from unbackdoor.cli.methods import methods
 from unbackdoor.cli.purify import purify
 from unbackdoor.cli.report import report
@@ -31,6 +32,7 @@ app = typer.Typer(
 for command in (scan, purify, evaluate, attack, methods, report, demo):
     app.command()(command)
 app.add_typer(zoo, name="zoo")
+app.add_typer(graph, name="graph")
 
 
 def _version(show: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from unbackdoor.cli import options as o
@@ -22,13 +24,19 @@ def methods(
     from unbackdoor.cli import console
     from unbackdoor.cli import show as shown
     from unbackdoor.detect.registry import MODEL_DETECTORS, SAMPLE_DETECTORS
+    from unbackdoor.graph.attacks import ATTACKS as GRAPH_ATTACKS
+    from unbackdoor.graph.detect import RIGBD
+    from unbackdoor.graph.purify import PURIFIERS as GRAPH_PURIFIERS
     from unbackdoor.purify.registry import PURIFIERS
 
-    kinds = {
+    kinds: dict[str, dict[str, type[Any]]] = {
         "attack": ATTACKS,
         "purifier": PURIFIERS,
         "model detector": MODEL_DETECTORS,
         "sample detector": SAMPLE_DETECTORS,
+        "graph attack": GRAPH_ATTACKS,
+        "graph detector": {RIGBD.name: RIGBD},
+        "graph purifier": GRAPH_PURIFIERS,
     }
     if name is None:
         entries = [catalogue.entry(kind, cls) for kind, known in kinds.items() for cls in known.values()]

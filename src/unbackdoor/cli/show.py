@@ -122,6 +122,9 @@ _HOW = {
     "purifier": "unbackdoor purify MODEL --arch ARCH --clean IMAGES --out FILE --method NAME --set ...",
     "model detector": "unbackdoor scan MODEL --arch ARCH --clean IMAGES",
     "sample detector": "from Python: score(model, samples, clean, generator=...)",
+    "graph attack": "unbackdoor graph attack NAME --data GRAPH --out FOLDER --set ...",
+    "graph detector": "unbackdoor graph scan GRAPH --set ...",
+    "graph purifier": "unbackdoor graph purify GRAPH --out FILE --method NAME --set ...",
 }
 
 
@@ -166,7 +169,7 @@ def _scan(document: doc.ScanDocument) -> None:
     out.print(headline, style=_STYLES[document.verdict], markup=False)
     out.print(document.reason, markup=False)
     out.print(
-        f"clean accuracy {percent(document.clean_accuracy)} on {document.data.images} images, "
+        f"clean accuracy {percent(document.clean_accuracy)} on {document.data.images} {document.data.unit}, "
         f"{document.seconds:.0f} s",
         markup=False,
     )
@@ -202,16 +205,18 @@ def _purify(document: doc.PurifyDocument) -> None:
     if table.row_count:
         out.print(table)
     out.print(
-        f"clean accuracy on {document.clean_accuracy_before.n} images that the method did not see: "
+        f"clean accuracy on {document.clean_accuracy_before.n} {document.data.unit} that the method did not "
+        "see: "
         f"{percent(document.clean_accuracy_before)} before, {percent(document.clean_accuracy_after)} after",
         markup=False,
     )
     for item in document.untreated:
         console.note(f"not treated: {item.layer}: {item.reason}")
-    out.print(
-        "Scan the new file to see what evidence is left; traces can remain after the trigger is dead.",
-        markup=False,
-    )
+    if document.data.unit == "images":
+        out.print(
+            "Scan the new file to see what evidence is left; traces can remain after the trigger is dead.",
+            markup=False,
+        )
 
 
 def _evaluate(document: doc.EvaluateDocument) -> None:

@@ -1,20 +1,16 @@
 """Read the "python version" of CIFAR-10 and CIFAR-100, which are pickles, without trusting them.
 
-Every file is first walked by ``check_pickle``. It is then unpickled into inert stand-ins: not even numpy's
-own constructors are called by the file, and the pixels are taken from the bytes that it stored.
+Every file is read by ``stored_arrays``: walked before it is opened, and unpickled into inert stand-ins.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +18,8 @@ from unbackdoor.data.images import resize
 from unbackdoor.data.labels import label_tensor
 from unbackdoor.data.layout import choose_splits
 from unbackdoor.data.splits import spread
+from unbackdoor.data.stored_arrays import ARRAY_STAND_INS, StoredArray, text, unpickle
 from unbackdoor.errors import InvalidInputError
-from unbackdoor.models.pickle_guard import check_pickle
 from unbackdoor.types import LabelledImages
 
 SHAPE = (3, 32, 32)
@@ -122,13 +118,13 @@ def _class_names(path: Path, key: str) -> tuple[str, ...]:
     names = _unpickle(path).get(key)
     if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
         raise InvalidInputError(f"{path} has no list of names called {key!r}; restore the official file.")
-    return tuple(_text(name) for name in names)
+    return tuple(text(name) for name in names)
 
 
 def _read_batch(path: Path, label_key: str, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     content = _unpickle(path)
     data, labels = content.get("data"), content.get(label_key)
-    if not isinstance(data, _StoredArray) or not isinstance(labels, list):
+    if not isinstance(data, StoredArray) or not isinstance(labels, list):
         raise InvalidInputError(
             f"{path} lacks an array 'data' or a list {label_key!r}; point to an official batch file."
         )
@@ -142,93 +138,17 @@ def _read_batch(path: Path, label_key: str, names: Sequence[str]) -> tuple[Tenso
     return images, label_tensor(labels, source=str(path), class_names=names)
 
 
-def _images(stored: _StoredArray, path: Path) -> Tensor:
-    try:
-        _, shape, kind, fortran, raw = stored.state
-        rows, columns = shape
-        sound = (
-            isinstance(rows, int)
-            and columns == _ROW
-            and isinstance(kind, _StoredType)
-            and _text(kind.arguments[0]) == "u1"
-            and isinstance(raw, bytes)
-            and len(raw) == rows * columns
-        )
-    except (TypeError, ValueError, IndexError):
-        sound = False
-    if not sound:
+def _images(stored: StoredArray, path: Path) -> Tensor:
+    pixels = stored.values("u1", dimensions=2)
+    if pixels is None or pixels.shape[1] != _ROW:
         raise InvalidInputError(
             f"{path} does not hold a uint8 array of shape (N, {_ROW}); point to an official batch file."
         )
-    pixels = np.frombuffer(raw, dtype=np.uint8).reshape((rows, columns), order="F" if fortran else "C")
-    return torch.from_numpy(pixels.copy()).view(rows, *SHAPE)
+    return torch.from_numpy(pixels).view(-1, *SHAPE)
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_BATCH_BYTES:
-        raise InvalidInputError(
-            f"{path} has {path.stat().st_size} bytes, more than the {MAX_BATCH_BYTES} of any official file; "
-            "restore that one."
-        )
-    stream = path.read_bytes()
-    check_pickle(
-        stream, source=str(path), allowed_imports=frozenset(_STAND_INS), part="the batch", remedy=_REMEDY
-    )
-    try:
-        content = _Unpickler(io.BytesIO(stream), encoding="bytes").load()
-    except Exception as error:  # damaged pickles raise many unrelated types
-        raise InvalidInputError(f"{path} cannot be read ({error}); restore the official file.") from error
+    content = unpickle(path, ARRAY_STAND_INS, most_bytes=MAX_BATCH_BYTES, part="the batch", remedy=_REMEDY)
     if not isinstance(content, dict):
         raise InvalidInputError(f"{path} holds no dictionary; point to an official batch file.")
-    return {_text(key): value for key, value in content.items()}
-
-
-def _text(value: object) -> str:
-    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
-
-
-class _StoredArray:
-    """What a pickle says about an array, unbuilt."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.state: Any = None
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-
-class _StoredType:
-    """What a pickle says about a dtype, unbuilt."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: object) -> None:
-        """Ignore byte order and fields: only one-byte integers are read."""
-
-
-def _encode(text: str, encoding: str | bytes) -> bytes:
-    """Stand in for ``_codecs.encode``, by which Python 3 writes bytes in protocol 2."""
-    if _text(encoding) != "latin1":
-        raise ValueError(f"unexpected encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-_STAND_INS: Mapping[str, Any] = {
-    "numpy.core.multiarray._reconstruct": _StoredArray,
-    "numpy._core.multiarray._reconstruct": _StoredArray,
-    "numpy.ndarray": _StoredArray,
-    "numpy.dtype": _StoredType,
-    "_codecs.encode": _encode,
-}
-"""All that the official files import, and what is called in its place."""
-
-
-class _Unpickler(pickle.Unpickler):
-    """Resolves no import outside ``_STAND_INS``; used after ``check_pickle`` only."""
-
-    def find_class(self, module: str, name: str) -> object:
-        try:
-            return _STAND_INS[f"{module}.{name}"]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it imports {module}.{name}") from None
+    return {text(key): value for key, value in content.items()}

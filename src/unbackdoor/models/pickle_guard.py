@@ -45,6 +45,11 @@ DATA_OPCODES: frozenset[str] = frozenset(_PUSHED_KINDS) | {
 TORCH_OPCODES: frozenset[str] = DATA_OPCODES | {"BINPERSID"}
 """``torch.save`` refers to the storages of tensors by persistent ids."""
 
+OBJECT_OPCODES: frozenset[str] = DATA_OPCODES | {"NEWOBJ"}
+"""Objects of imported classes that were pickled by their attributes, such as sparse matrices."""
+
+_MAPPINGS = ("dict", f"{_RESULT}collections.OrderedDict", f"{_RESULT}collections.defaultdict")
+
 
 def refusal(source: str, fact: str, *, remedy: str = REMEDY) -> UnsafeFileError:
     """Return the error for a refused file: the fact, that nothing ran, and what to do.
@@ -205,6 +210,13 @@ def _call(walk: _Walk, argument: _Argument, position: int) -> None:
     walk.stack.append("scalar" if name == "_codecs.encode" else f"{_RESULT}{name}")
 
 
+def _new_object(walk: _Walk, argument: _Argument, position: int) -> None:
+    arguments, cls = walk.pop(position), walk.pop(position)
+    if not cls.startswith(_IMPORT) or arguments != "zero-length tuple":
+        raise _Refused(f"makes an object of a {cls} from a {arguments} at byte {position}")
+    walk.stack.append(f"{_RESULT}{cls.removeprefix(_IMPORT)}")
+
+
 def _set_state(walk: _Walk, argument: _Argument, position: int) -> None:
     walk.pop(position)
     target = walk.top(position)
@@ -242,7 +254,7 @@ def _set_items(walk: _Walk, argument: _Argument, position: int) -> None:
 
 def _check_items(walk: _Walk, items: list[str], position: int) -> None:
     target = walk.top(position)
-    if target not in ("dict", f"{_RESULT}collections.OrderedDict"):
+    if target not in _MAPPINGS:
         raise _Refused(f"stores items in a {target} at byte {position}")
     if len(items) % 2:
         raise _Refused(f"stores a key without a value at byte {position}")
@@ -295,6 +307,7 @@ _STEPS: dict[str, _Step] = {
     "STOP": _stop,
     "GLOBAL": _import,
     "REDUCE": _call,
+    "NEWOBJ": _new_object,
     "BUILD": _set_state,
     "TUPLE": _tuple_to_mark,
     "TUPLE1": _tuple_of(1),

@@ -159,16 +159,17 @@ class ModelInfo(Part):
 
 
 class DataInfo(Part):
-    """Which clean images were used.
+    """Which clean images, or which graph, were used.
 
     Args:
         source: The file or folder, as the user named it.
         split: The part of it, or an empty string.
-        images: Number of images.
+        images: Number of images, or of nodes with a known label.
         num_classes: Number of classes.
-        image_shape: ``(C, H, W)``.
-        smallest_class: Number of images in the smallest class.
+        image_shape: ``(C, H, W)``; for nodes ``(F,)``, the size of their features.
+        smallest_class: Number of images or nodes in the smallest class.
         class_names: Optional names; entry ``i`` names class ``i``.
+        unit: What was counted.
     """
 
     source: PathText
@@ -178,6 +179,7 @@ class DataInfo(Part):
     image_shape: Many[Count]
     smallest_class: Count
     class_names: Many[str] = ()
+    unit: Literal["images", "nodes"] = "images"
 
 
 class DetectorRow(Part):

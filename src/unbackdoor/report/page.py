@@ -95,6 +95,11 @@ def render(documents: Sequence[Document], *, title: str) -> str:
     environment = _environment()
     script = environment.get_template("page.js").render()
     evaluations = [document for document in documents if isinstance(document, EvaluateDocument)]
+    purifications = [
+        Section(document, f"purify{index}", _purify_plots(document, f"purify{index}"))
+        for index, document in enumerate(documents)
+        if isinstance(document, PurifyDocument)
+    ]
     return environment.get_template("page.html").render(
         title=title,
         documents=documents,
@@ -103,11 +108,9 @@ def render(documents: Sequence[Document], *, title: str) -> str:
             for index, document in enumerate(documents)
             if isinstance(document, ScanDocument)
         ],
-        purifications=[
-            Section(document, f"purify{index}", _purify_plots(document, f"purify{index}"))
-            for index, document in enumerate(documents)
-            if isinstance(document, PurifyDocument)
-        ],
+        purifications=purifications,
+        # A graph network has no filters.
+        pruned=[section for section in purifications if getattr(section.document, "filters_total", 0)],
         evaluations=evaluations,
         change=_change(evaluations),
         metrics=_metrics_of(evaluations),

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from unbackdoor.bench.defend import run
+from unbackdoor.bench.graphs import GraphBench, GraphCell, graph_cell, graph_table
+from unbackdoor.bench.store import Store
+from unbackdoor.bench.tables import summary_table
+
+QUICK = {"training.epochs": "20", "training.hidden": "16"}
+DETECTION = {f"detection.{name}": value for name, value in QUICK.items()}
+ATTACK = {"poisoned": "12", "surrogate.epochs": "20"}
+
+
+def cell(attack: str, method: str, **more: str) -> GraphCell:
+    options = QUICK | more | (DETECTION if method == "rigbd" else {})
+    return graph_cell("tiny", attack, method, seed=1, options=options, attack_options=ATTACK)
+
+
+def test_everything_that_decides_a_result_is_in_the_key() -> None:
+    assert cell("sba", "rigbd").key == cell("sba", "rigbd").key
+    others = [cell("none", "rigbd"), cell("sba", "plain"), cell("sba", "rigbd", weight="2")]
+    assert len({cell("sba", "rigbd").key, *(other.key for other in others)}) == 4
+    assert cell("sba", "rigbd").settings["detection.runs"] == "20"
+    assert cell("sba", "rigbd").attack_settings["poisoned"] == "12"
+
+
+def test_records_are_kept_and_tables_made_from_them(tmp_path: Path) -> None:
+    store, lines = Store(tmp_path / "graphs.jsonl"), []
+    cells = [cell(attack, method) for attack in ("sba", "none") for method in ("plain", "rigbd")]
+    run(GraphBench(), cells, store, said=lines.append)
+    run(GraphBench(), cells, store, said=lines.append)
+    assert len(lines) == 4
+    records = list(store.records().values())
+    assert [record["status"] for record in records] == ["ok"] * 4
+    assert set(records[0]["after"]) == {"clean_accuracy", "attack_success", "robust_accuracy"}
+    assert set(records[2]["after"]) == {"clean_accuracy"}
+    assert records[1]["detection"]["recall"]["n"] == 12
+    table = graph_table(records)
+    assert table.count("\n") == 5
+    assert "tiny, sba" in table
+    assert "rigbd" in summary_table(records)
+
+
+def test_an_impossible_cell_is_a_record() -> None:
+    impossible = graph_cell("tiny", "sba", "plain", seed=0, attack_options={"poisoned": "5000"})
+    record = GraphBench().answer(impossible)
+    assert record["status"] == "refused"
+    assert "5000 nodes" in record["problem"]
