@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -34,3 +36,24 @@ def isolated(parent: torch.Generator) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(draw_seed(parent))
         yield
+
+
+@contextmanager
+def fenced(parent: torch.Generator) -> Iterator[int]:
+    """Give a seed to libraries that seed everything global, and restore all global states afterwards.
+
+    Those are torch's, numpy's and that of ``random``.
+
+    Args:
+        parent: Advanced by two draws.
+
+    Yields:
+        A seed in [0, 2^31).
+    """
+    before = np.random.get_state(), random.getstate()  # noqa: NPY002 - put back below
+    try:
+        with isolated(parent):
+            yield draw_seed(parent) % 2**31
+    finally:
+        np.random.set_state(before[0])  # noqa: NPY002
+        random.setstate(before[1])

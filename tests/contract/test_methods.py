@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import pytest
@@ -61,10 +62,12 @@ from unbackdoor.purify import (
     MNP,
     NAD,
     NC,
+    ONP,
     RNP,
     SAU,
     TSBD,
 )
+from unbackdoor.purify.onp import Agent
 from unbackdoor.purify.selection import Selection
 from unbackdoor.suppression import Suppression
 from unbackdoor.testing import ATTACK_CHECKS, DETECTOR_CHECKS, PURIFIER_CHECKS, SAMPLE_DETECTOR_CHECKS
@@ -235,6 +238,9 @@ PURIFIERS: dict[str, Purifier] = {
     "sau-paper": replace(SAU.paper(), epochs=1, adversarial_steps=1, lambda2=0.5, norm_mode="train"),
     "tsbd": TSBD(unlearning=SUPPRESSION, shares=(0.1, 0.3), recipe=RECIPE),
     "tsbd-fraction": replace(TSBD.paper(), unlearning=SUPPRESSION, recipe=RECIPE),
+    "onp": ONP(steps=9, horizon=3, agent=Agent(rollout=4, passes=2), suppression=SUPPRESSION),
+    "onp-greedy": ONP("greedy", steps=6, residual="single", suppression=SUPPRESSION),
+    "onp-random": ONP("random", steps=6, candidates=1.0, suppression=SUPPRESSION),
     "gup": GUP(inversion=INVERSION, recipe=RECIPE),
     "gup-own": GUP(inversion=INVERSION, selection=Selection("own"), recipe=None, prune_mode="weight"),
 }
@@ -297,8 +303,21 @@ SAMPLE_DETECTORS: dict[str, SampleDetector] = {
 }
 
 
+NEEDS = {"onp": ("gymnasium", "sb3_contrib")}
+"""Packages of extras without which a method cannot run."""
+
+
 def pairs(methods: dict[str, Any], checks: dict[str, Callable[[Any], None]]) -> list[Any]:
-    return [pytest.param(m, c, id=f"{n}-{k}") for n, m in methods.items() for k, c in checks.items()]
+    return [
+        pytest.param(m, c, id=f"{n}-{k}", marks=skipped(n))
+        for n, m in methods.items()
+        for k, c in checks.items()
+    ]
+
+
+def skipped(name: str) -> list[pytest.MarkDecorator]:
+    absent = [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
+    return [pytest.mark.skip(reason=f"needs {', '.join(absent)}")] if absent else []
 
 
 @pytest.mark.parametrize(("attack", "check"), pairs(ATTACKS, ATTACK_CHECKS))

@@ -63,6 +63,9 @@ class FilterGroup:
         norms: The norms that read this layer's output, channel by channel.
         is_head: Its output is the model's, or is added to that of other heads: a filter is a class, and is
             never removed.
+        reads: The layers whose filters, channel by channel, add up to its input, in the order in which they
+            run: one in a chain, several behind residual sums; none where its input is the image, or is put
+            together in another way.
     """
 
     name: str
@@ -72,6 +75,7 @@ class FilterGroup:
     filters: int
     norms: tuple[Norm, ...] = ()
     is_head: bool = False
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,14 @@ class _Origin:
     keeps_zero: bool
 
 
+@dataclass(frozen=True)
+class _Stream:
+    """A tensor whose channel c is the sum of what the filters c of some layers became."""
+
+    axis: int
+    layers: frozenset[str]
+
+
 @dataclass
 class _Layer:
     """What the trace has learnt about one layer so far."""
@@ -167,6 +179,7 @@ class _Layer:
     filters: int
     norms: list[_NormCall] = field(default_factory=list)
     readers: int = 0
+    reads: frozenset[str] = frozenset()
     problem: str = ""
 
 
@@ -201,9 +214,9 @@ _BATCH_NORMS = {
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "batch_norm",
     "_batch_norm_with_update", "_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm",
 }  # fmt: skip
-_LAYERS_AND_NORMS = _BATCH_NORMS | {
-    "convolution", "addmm", "mm", "linear", "bmm", "native_layer_norm", "native_group_norm",
-}  # fmt: skip
+_PRODUCTS = {"mul", "mul_", "div", "div_"}
+_NORMS = _BATCH_NORMS | {"native_layer_norm", "native_group_norm"}
+_LAYERS_AND_NORMS = _NORMS | {"convolution", "addmm", "mm", "linear", "bmm"}  # fmt: skip
 
 
 class _Tracer(TorchDispatchMode):
@@ -216,6 +229,7 @@ class _Tracer(TorchDispatchMode):
         self.transposed: set[int] = set()
         self.origins: dict[int, _Origin] = {}
         self.sums: dict[int, frozenset[str]] = {}
+        self.streams: dict[int, _Stream] = {}
         self.layers: dict[str, _Layer] = {}
         self.norms: list[_NormCall] = []
         self.uses: dict[str, set[str]] = {}
@@ -238,7 +252,9 @@ class _Tracer(TorchDispatchMode):
                 self.uses.setdefault(name, set()).add(op)
         outputs = _tensors((result,))
         if outputs and not self._is_weight_view(op, inputs, outputs):
+            stream = self._stream(op, args, inputs, outputs[0])
             self._record(op, args, inputs, outputs[0])
+            self._carry(stream, outputs[0])
         return result
 
     def _record(self, op: str, args: tuple[Any, ...], inputs: list[Tensor], output: Tensor) -> None:
@@ -324,6 +340,9 @@ class _Tracer(TorchDispatchMode):
         layer = self.layers.setdefault(key, _Layer(kind, name, bias_name, output.shape[axis]))
         layer.problem = layer.problem or problem
         self.origins[id(output)] = _Origin(key, axis, is_output=True, keeps_zero=True)
+        stream = self.streams.get(id(source))
+        if stream is not None and stream.axis == (1 if kind == "conv" else source.ndim - 1):
+            layer.reads |= stream.layers
 
     def _norm(
         self,
@@ -345,6 +364,30 @@ class _Tracer(TorchDispatchMode):
         self.norms.append(call)
         if origin is not None:
             self.layers[origin.layer].norms.append(call)
+
+    def _stream(self, op: str, args: tuple[Any, ...], inputs: list[Tensor], output: Tensor) -> _Stream | None:
+        """Return what flows through an operation that is no layer, or None where it is not followed."""
+        sources = [t for t in inputs if id(t) not in self.names and id(t) not in self.computed]
+        if op in _PRODUCTS:  # what gates a stream does not add to it
+            sources = [t for t in sources if t.shape == output.shape][:1]
+        found = [self.streams.get(id(t)) for t in sources]
+        axes = {
+            None if stream is None else _stream_axis(op, args, source, output, stream.axis)
+            for stream, source in zip(found, sources, strict=True)
+        }
+        axis = axes.pop() if len(axes) == 1 else None
+        if axis is None:
+            return None
+        return _Stream(axis, frozenset().union(*(stream.layers for stream in found if stream)))
+
+    def _carry(self, stream: _Stream | None, output: Tensor) -> None:
+        origin = self.origins.get(id(output))
+        if origin is not None and origin.is_output:
+            stream = _Stream(origin.axis, frozenset({origin.layer}))
+        # An in-place operation returns its input: what was known of that tensor no longer holds.
+        self.streams.pop(id(output), None)
+        if stream is not None:
+            self.streams[id(output)] = stream
 
     def summands(self, tensor: Tensor) -> frozenset[str]:
         """Return the layers whose outputs, channel by channel, add up to ``tensor``; empty if unknown."""
@@ -396,6 +439,12 @@ def _axis_after(op: str, args: tuple[Any, ...], source: Tensor, output: Tensor, 
     return axis if known and output.shape[axis] == source.shape[axis] else None
 
 
+def _stream_axis(op: str, args: tuple[Any, ...], source: Tensor, output: Tensor, axis: int) -> int | None:
+    if op in _SUMS or op in _NORMS:
+        return axis if source.shape == output.shape else None
+    return _axis_after(op, args, source, output, axis)
+
+
 def _axis_by_layout(source: Tensor, output: Tensor, axis: int) -> int | None:
     channels = source.shape[axis]
     before = math.prod(source.shape[:axis])
@@ -429,6 +478,7 @@ def _assemble(tracer: _Tracer, parameters: Mapping[str, Tensor], output: Tensor)
                 filters=layer.filters,
                 norms=tuple(dict.fromkeys(_norm_of(call, layer) for call in layer.norms)),
                 is_head=name in heads,
+                reads=tuple(other for other in tracer.layers if other in layer.reads),
             )
         )
     if not tracer.layers:

@@ -20,13 +20,14 @@ from unbackdoor.purify.i_bau import IBAU
 from unbackdoor.purify.mnp import MNP
 from unbackdoor.purify.nad import NAD
 from unbackdoor.purify.nc import NC
+from unbackdoor.purify.onp import ONP
 from unbackdoor.purify.rnp import RNP
 from unbackdoor.purify.sau import SAU
 from unbackdoor.purify.tsbd import TSBD
 
 CLASSES: tuple[type[Any], ...] = (
     *(MNP, FT, FP, ANP, CLP, RNP, NC, NAD, IBAU),
-    *(FTSAM, AWM, BNP, EP, TSBD, BSAR, GUP, SAU, FST),
+    *(FTSAM, AWM, BNP, EP, TSBD, BSAR, GUP, SAU, FST, ONP),
 )
 """MNP and the rivals of its Table 1, then the others."""
 

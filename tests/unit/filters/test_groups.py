@@ -426,3 +426,17 @@ def test_torchvision_networks(name: str) -> None:
     head = found.head.name if found.head else None
     assert (len(found.groups), sum(g.filters for g in found.groups), head) == TORCHVISION[name]
     silenced_everywhere(model, FilterMap(found.groups[:3] + found.groups[-2:]), nets.images(2, size=64))
+
+
+def test_layers_say_which_filters_they_read() -> None:
+    residual = find_filters(build("resnet18", width=4), torch.zeros(1, 3, 16, 16))
+    reads = {group.name: group.reads for group in residual.groups}
+    assert reads["conv1"] == ()
+    assert reads["layer1.0.conv1"] == ("conv1",)
+    assert reads["layer1.0.conv2"] == ("layer1.0.conv1",)
+    assert reads["layer1.1.conv1"] == ("conv1", "layer1.0.conv2")
+    shortcut = next(name for name in reads if name.startswith("layer2.0.") and "conv" not in name)
+    assert reads[shortcut] == ("conv1", "layer1.0.conv2", "layer1.1.conv2")
+    assert set(reads["layer2.1.conv1"]) == {"layer2.0.conv2", shortcut}
+    assert residual.head is not None
+    assert len(residual.head.reads) == 3

@@ -61,8 +61,8 @@ def one_hot(labels: Sequence[int], classes: int = 3) -> bytes:
     return b"\x80\x02" + array(rows) + b"."
 
 
-def write(folder: Path, name: str = "cora", **changed: bytes) -> Path:
-    """Write a data set of six nodes, of which 5 lies beside the test index and has no features."""
+def write(folder: Path, data: str = "cora", changed: Mapping[str, bytes] | None = None) -> Path:
+    """Write a data set of six nodes, of which 4 is in neither part and has no features."""
     words = np.array([[1, 0, 0], [0, 1, 1], [0, 1, 0]], dtype="<f4")
     tests = np.array([[0, 0, 1], [1, 1, 0]], dtype="<f4")
     files = {
@@ -72,8 +72,8 @@ def write(folder: Path, name: str = "cora", **changed: bytes) -> Path:
         "ty": one_hot([2, 0]),
         "graph": lists({0: [1, 3], 1: [0, 2, 2], 2: [1], 3: [0, 3], 4: [], 5: [2]}),
         "test.index": b"5\n3\n",
-    } | {key.replace("_", "."): value for key, value in changed.items()}
+    } | {key.replace("_", "."): value for key, value in (changed or {}).items()}
     folder.mkdir(exist_ok=True)
     for part, content in files.items():
-        (folder / f"ind.{name}.{part}").write_bytes(content)
+        (folder / f"ind.{data}.{part}").write_bytes(content)
     return folder

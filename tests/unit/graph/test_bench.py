@@ -26,7 +26,8 @@ def test_everything_that_decides_a_result_is_in_the_key() -> None:
 
 
 def test_records_are_kept_and_tables_made_from_them(tmp_path: Path) -> None:
-    store, lines = Store(tmp_path / "graphs.jsonl"), []
+    store = Store(tmp_path / "graphs.jsonl")
+    lines: list[str] = []
     cells = [cell(attack, method) for attack in ("sba", "none") for method in ("plain", "rigbd")]
     run(GraphBench(), cells, store, said=lines.append)
     run(GraphBench(), cells, store, said=lines.append)

@@ -64,7 +64,7 @@ def test_graphs_are_found_by_folder_and_name(tmp_path: Path) -> None:
 def test_unsound_files_are_refused_in_words(
     tmp_path: Path, changed: dict[str, bytes], complaint: str
 ) -> None:
-    write(tmp_path, **changed)
+    write(tmp_path, changed=changed)
     with pytest.raises(UnbackdoorError, match=complaint):
         read_planetoid(tmp_path, "cora")
 
