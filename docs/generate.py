@@ -1,8 +1,8 @@
-"""Write docs/reference/purifiers.md from the docstrings of the purifiers, so that it says what the code does.
+"""Write docs/reference/purifiers.md and graphs.md from the docstrings, so that they say what the code does.
 
     python docs/generate.py
 
-A test compares the committed page with what this makes.
+A test compares the committed pages with what this makes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor import catalogue
+from unbackdoor.graph.attacks import ATTACKS as GRAPH_ATTACKS
+from unbackdoor.graph.detect import RIGBD
+from unbackdoor.graph.purify import PURIFIERS as GRAPH_PURIFIERS
 from unbackdoor.purify.registry import PURIFIERS
 
 PAGE = Path(__file__).parent / "reference" / "purifiers.md"
@@ -44,17 +47,67 @@ document).
 """
 
 
+GRAPHS_PAGE = PAGE.with_name("graphs.md")
+
+GRAPHS_HEAD = """# Graphs
+
+Made from the docstrings and from `docs/generate.py` by `python docs/generate.py`; change those.
+
+Node classification under subgraph triggers, and the defence RIGBD ([how to](../how-to/defend-a-graph.md)). Needs the extra
+`graph` (PyTorch Geometric). Images and graphs share rates, stored benchmarks and reports, nothing else.
+
+**Who gets what.** A graph is divided at random: 20 % of its nodes have a label that the defender knows, 20 % are unseen (half
+of them test nodes, half victims), the rest are in the training graph without a label. The attacker hangs a trigger, a few new
+nodes, on some nodes without a label and gives them the target's label. The defender gets this graph and nothing else: no clean nodes, no
+trigger, no target class. Import rules keep it so.
+
+**What is measured.** CA: accuracy on test nodes in the whole graph. ASR and RA: share of the victims of other classes that go to the
+target, or keep their class, when all of them get their trigger at once. Recall and precision of flagged nodes.
+
+**Data.** `cora-like`, `citeseer-like`, `pubmed-like` and `tiny` are made up (a degree-corrected block model with bags of words;
+`cora-like:0.5` has half the nodes); Planetoid files are read where you have them.
+
+## What to expect
+
+The numbers are in RESULTS.md of the project, in the section on graphs. In short: on Cora RIGBD does what its paper says, but for one
+learned trigger in five, which escaped. On made-up graphs of 1,000 to 1,600 nodes with 12 to 20 poisoned ones it misses many attacks: the
+fewer the poisoned nodes and the larger the classes, the less the top of a ranking stands out. No clean graph was flagged with the
+default cut; with `detection.cut=likelihood`, which misses less, some were.
+
+One gap is in the method: a network without self-loops hears of a neighbour only through that neighbour's neighbours, so the features
+of a new node that is joined to its victim alone do not reach it.
+"""
+
+
+def graphs_page() -> str:
+    """Return the whole page on graphs."""
+    parts: dict[str, Any] = {}
+    kinds = (
+        ("Attacks", "graph attack", GRAPH_ATTACKS),
+        ("Detection", "graph detector", {RIGBD.name: RIGBD}),
+        ("Training on a suspect graph", "graph purifier", GRAPH_PURIFIERS),
+    )
+    sections = []
+    for heading, kind, known in kinds:
+        sections += [f"## {heading}", ""]
+        sections += [_section(cls, parts, kind=kind, level="###") for cls in known.values()]
+    described = [_part(name, parts[name]) for name in sorted(parts)]
+    return "\n".join([GRAPHS_HEAD, *sections, "## Parts", "", *described])
+
+
 def page() -> str:
-    """Return the whole page."""
+    """Return the whole page on purifiers."""
     parts: dict[str, Any] = {}
     sections = [_section(cls, parts) for cls in PURIFIERS.values()]
     described = [_part(name, parts[name]) for name in sorted(parts)]
     return "\n".join([HEAD, *sections, "## Parts", "", *described])
 
 
-def _section(cls: type[Any], parts: dict[str, Any]) -> str:
-    entry = catalogue.entry("purifier", cls)
-    lines = [f"## {entry.title} (`{entry.name}`)", "", f"*{entry.source}.* Needs {entry.needs}.", ""]
+def _section(
+    cls: type[Any], parts: dict[str, Any], *, kind: str = "purifier", level: str = "##"
+) -> str:
+    entry = catalogue.entry(kind, cls)
+    lines = [f"{level} {entry.title} (`{entry.name}`)", "", f"*{entry.source}.* Needs {entry.needs}.", ""]
     return "\n".join([*lines, _markdown(catalogue.description(cls)), "", *_table(cls(), parts), ""])
 
 
@@ -96,3 +149,4 @@ def _cell(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    GRAPHS_PAGE.write_text(graphs_page())

@@ -14,13 +14,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {page.relative_to(DOCS).as_posix(): page for page in sorted(DOCS.rglob("*.md"))}
 
 
-def test_the_page_of_purifiers_is_made_from_the_code() -> None:
+def test_the_pages_of_methods_are_made_from_the_code() -> None:
     spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.PAGE.read_text() == module.page(), "run python docs/generate.py"
+    assert module.GRAPHS_PAGE.read_text() == module.graphs_page(), "run python docs/generate.py"
 
 
 def test_every_attack_has_a_section() -> None:

@@ -54,6 +54,16 @@ def test_sparse_features_give_the_same_gradient(staged: Staged) -> None:
     assert torch.allclose(gradients[0], gradients[1], atol=1e-4)
 
 
+def test_without_self_loops_a_leaf_is_heard_of_by_its_edge_alone() -> None:
+    edges = torch.tensor([[0, 1], [1, 2]])
+    features, changed = torch.eye(3), torch.eye(3)
+    changed[2] = 5.0
+    with rng.isolated(rng.generator(0)):
+        deaf, hearing = (GCN(3, 2, self_loops=loops).eval() for loops in (False, True))
+    assert torch.equal(deaf(features, edges)[1], deaf(changed, edges)[1])
+    assert not torch.equal(hearing(features, edges)[1], hearing(changed, edges)[1])
+
+
 def test_edges_of_weight_zero_are_no_edges() -> None:
     edges = torch.tensor([[0, 1], [1, 2]])
     features = torch.eye(3)
