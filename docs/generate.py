@@ -103,9 +103,7 @@ def page() -> str:
     return "\n".join([HEAD, *sections, "## Parts", "", *described])
 
 
-def _section(
-    cls: type[Any], parts: dict[str, Any], *, kind: str = "purifier", level: str = "##"
-) -> str:
+def _section(cls: type[Any], parts: dict[str, Any], *, kind: str = "purifier", level: str = "##") -> str:
     entry = catalogue.entry(kind, cls)
     lines = [f"{level} {entry.title} (`{entry.name}`)", "", f"*{entry.source}.* Needs {entry.needs}.", ""]
     return "\n".join([*lines, _markdown(catalogue.description(cls)), "", *_table(cls(), parts), ""])
