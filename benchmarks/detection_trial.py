@@ -1,4 +1,4 @@
-"""Do detectors tell infected models from clean ones? Train models, score each with each detector, print tables.
+"""Do detectors tell infected models from clean ones? Train models, score each with each detector, tables.
 
     python benchmarks/detection_trial.py --data cifar10=DIR imagenet12=DIR --out runs/trial --jobs 2
     python benchmarks/detection_trial.py --out runs/trial --tables

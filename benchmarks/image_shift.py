@@ -29,7 +29,6 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "half as bright": lambda images: 0.5 * images,
     "blurred": lambda images: F.avg_pool2d(images, 3, 1, 1),
     "enlarged by half": lambda images: F.interpolate(images, scale_factor=1.5),
-    "normalised twice": lambda images: (0.5 + 0.25 * (images - images.mean()) / images.std()).clamp(0, 1),
     "noise": torch.rand_like,
 }
 
@@ -51,9 +50,10 @@ def main() -> None:
             for network in models.values()
         ]
         values = torch.tensor(list(found.values()))
+        furthest = max(found, key=lambda model: found[model])
         print(
-            f"{name}: {values.min():.3f} to {values.max():.3f} (largest: {max(found, key=lambda m: found[m])}), "
-            f"warned of {int((values > MOST_SHIFTED).sum())} of {len(values)}; accuracy {min(right):.2f} to "
+            f"{name}: {values.min():.3f} to {values.max():.3f} ({furthest}), warned of "
+            f"{int((values > MOST_SHIFTED).sum())} of {len(values)}; accuracy {min(right):.2f} to "
             f"{max(right):.2f}",
             flush=True,
         )

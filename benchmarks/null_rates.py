@@ -2,9 +2,9 @@
 
     python benchmarks/null_rates.py
 
-Simulated, no network is involved: the statistics of a clean model's classes are drawn independently from one
-distribution, and the rule is applied to them. Real classes are neither independent nor of one distribution, so
-that these are no false-positive rates of the detectors; they show what a rule can promise at best.
+Simulated, no network is involved: the statistics of a clean model's classes are drawn independently from
+one distribution, and the rule is applied to them. Real classes are neither independent nor of one
+distribution, so that these are no false-positive rates of the detectors; they show what a rule can promise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SPREAD = 0.5
 """Standard deviation of the logarithm of log-normal statistics."""
 
 SHAPE = 4.0
-"""Of Gamma-distributed margins, a coefficient of variation of 0.5; whether p is small hardly depends on it."""
+"""Of Gamma-distributed margins: a coefficient of variation of 0.5."""
 
 FEATURES = 128
 """That simulated heads read."""

@@ -224,13 +224,12 @@ def _scan(document: doc.ScanDocument) -> None:
         markup=False,
     )
     if document.detectors:
-        table = Table(
-            "evidence", "detector", "score", "threshold", "p", "says", "target", "s", box=None, pad_edge=False
-        )
+        columns = ("detector", "looks at", "score", "threshold", "p", "says", "target", "s")
+        table = Table(*columns, box=None, pad_edge=False)
         for row in document.detectors:
             table.add_row(
+                escape(row.name.replace("_", "-")),
                 escape(row.kind),
-                escape(row.title),
                 "-" if row.score is None else f"{row.score:.3f}",
                 "-" if row.threshold is None else f"{row.threshold:.3f}",
                 "-" if row.p_value is None else f"{row.p_value:.3f}",

@@ -314,7 +314,9 @@ def shipped_calibrations() -> Sequence[CalibrationSet]:
     """Return the calibrations that come with the package."""
     folder = resources.files("unbackdoor.detect") / "calibrations"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda f: f.name)
-    return [parse_calibration(file.read_text(encoding="utf-8"), source=file.name) for file in files]
+    found = [parse_calibration(file.read_text(encoding="utf-8"), source=file.name) for file in files]
+    # `unbackdoor calibrate` wrote them, for which they were models of the user's.
+    return [calibration.model_copy(update={"origin": "shipped"}) for calibration in found]
 
 
 def shipped_for(kind: Kind) -> CalibrationSet | None:
