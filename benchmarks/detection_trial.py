@@ -127,10 +127,11 @@ def _print_tables(options: argparse.Namespace, store: Store) -> None:
     models = scored(records)
     invalid = {(r["cell"]["data"], r["cell"]["model"]) for r in records if not r.get("valid", True)}
     found = columns(models, options.alpha)
+    clean = sum(model.is_clean for model in models)
     print(
-        f"{sum(m.is_clean for m in models)} clean and {sum(not m.is_clean for m in models)} infected models; "
+        f"{clean} clean and {len(models) - clean} infected models; {len(invalid)} whose attack did not take"
     )
-    print(f"left out, because the attack did not take: {len(invalid)}.\n")
+    print("are left out. The adaptive attack has a row in the tables of attacks and no part in this one.\n")
     print(summary_table(found), end="\n\n")
     for data in dict.fromkeys(column.data for column in found):
         print(attack_table(found, data), end="\n\n")

@@ -17,7 +17,7 @@ from unbackdoor.cli import inputs, show
 from unbackdoor.cli.scanning import scan_document
 from unbackdoor.cli.work import evaluate_document, purify_document
 from unbackdoor.data import load_images, split
-from unbackdoor.detect.calibration import CalibrationSet, Kind, ScoredModel, options_of
+from unbackdoor.detect.calibration import CalibrationSet, Kind, ScoredModel, options_of, write_calibration
 from unbackdoor.detect.scan import Scan
 from unbackdoor.detect.trigger_search import TriggerSearch
 from unbackdoor.errors import InvalidInputError
@@ -75,6 +75,7 @@ def tell(out: Path, *, seed: int, progress: Progress, say: Callable[[str], None]
 
     say(f"   {TWINS} more honest models show how a clean one scores: the threshold comes from them.")
     calibration = _calibrate(training, defence, seed, progress)
+    write_calibration(calibration, out / "calibration.json")
 
     say("3. You get both files, and 400 clean images. Scan them:")
     scan = replace(SCAN, calibration=calibration)

@@ -99,10 +99,11 @@ def test_a_confirmed_cause_is_a_problem_whatever_the_accuracy() -> None:
 
 @pytest.mark.parametrize(("share", "plausible"), [(0.95, True), (0.6, False)])
 def test_two_classes_need_less_than_perfection(share: float, plausible: bool) -> None:
-    first = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2))
+    head = nn.Linear(1, 2)
+    first = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
     with torch.no_grad():
-        first[2].weight.copy_(torch.tensor([[-1.0], [1.0]]))
-        first[2].bias.copy_(torch.tensor([0.5, -0.5]))
+        head.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        head.bias.copy_(torch.tensor([0.5, -0.5]))
     labels = torch.arange(100) % 2
     shown = labels.clone()
     shown[: round(100 * (1 - share))] ^= 1
