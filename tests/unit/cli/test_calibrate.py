@@ -13,8 +13,8 @@ from unbackdoor.testing import planted_backdoor
 from .conftest import ARCH, Files, Result, Run
 
 QUICK = (
-    "--set", "suppression.budget=60", "--set", "search.first.steps=30", "--set", "search.first.batch_size=4",
-    "--set", "search.second.steps=30", "--set", "search.refined=1", "--clean-count", 80,
+    "--set", "suppression.budget=60", "--set", "search.first.steps=20", "--set", "search.first.batch_size=4",
+    "--set", "search.second.steps=20", "--set", "search.refined=1", "--clean-count", 80,
 )  # fmt: skip
 
 
@@ -104,7 +104,8 @@ def test_surrogates_are_trained_once_and_go_on(
     out = tmp_path / "c.json"
     common = (
         "calibrate", "--arch", "resnet10", "--width", 4, "--clean", "digits", "--image-size", 8,
-        "--surrogates", 2, "--epochs", 3, "--out", out, *QUICK, "--clean-count", 100,
+        "--surrogates", 2, "--epochs", 3, "--out", out, "--clean-count", 100, "--set", "suppression.budget=5",
+        "--set", "search.first.steps=2", "--set", "search.second.steps=2",
     )  # fmt: skip
     first = run(*common)
     assert first.code == 0, first.err
