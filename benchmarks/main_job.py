@@ -83,13 +83,14 @@ def _run(folder: Path, what: str, clean: LabelledImages, test: LabelledImages, s
 
 def _scan(model: nn.Module, clean: LabelledImages, seed: int, started: float) -> dict[str, Any]:
     result = Scan().run(model, clean, generator=rng.generator(seed))
+    collapse, ratio = result.detection("collapse"), result.detection("mnp")
     return {
         "seconds": round(time.perf_counter() - started, 1),
         "verdict": result.verdict,
         "target": result.target_class,
-        "score": round(result.collapse.score, 3) if result.collapse else None,
-        "threshold": round(result.collapse.threshold, 3) if result.collapse else None,
-        "ratio": round(result.correlation.evidence["ratio"], 3) if result.correlation else None,
+        "score": round(collapse.score, 3) if collapse else None,
+        "threshold": round(collapse.threshold, 3) if collapse else None,
+        "ratio": round(ratio.evidence["ratio"], 3) if ratio else None,
     }
 
 

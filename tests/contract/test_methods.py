@@ -44,6 +44,7 @@ from unbackdoor.detect.scale_up import ScaleUp
 from unbackdoor.detect.scan_statistics import SCAn
 from unbackdoor.detect.spectral import SpectralSignatures
 from unbackdoor.detect.strip import STRIP
+from unbackdoor.detect.trigger_search import TriggerSearch
 from unbackdoor.inversion import Inversion
 from unbackdoor.masks import MaskTraining
 from unbackdoor.purify import (
@@ -110,9 +111,8 @@ class ScanDetector:
         progress: Progress = silent,
     ) -> Detection:
         result = self.scan.run(model, clean, generator=generator, progress=progress)
-        if result.collapse is None:
-            return Detection(math.nan, 1.0, "no detector ran", undetermined=result.reason)
-        return result.collapse
+        found = result.detection("collapse")
+        return found or Detection(math.nan, 1.0, "no detector ran", undetermined=result.reason)
 
 
 ATTACKS: dict[str, Attack] = {
@@ -256,7 +256,17 @@ DETECTORS: dict[str, ModelDetector] = {
         replace(SUPPRESSION, stop_accuracy=1.0), Calibration((0.1, 0.2, 0.3), "three"), alpha=0.25
     ),
     "rnp-trigger": UnlearntTrigger(replace(SUPPRESSION, stop_accuracy=1.0), INVERSION),
-    "scan": ScanDetector(Scan(suppression=SUPPRESSION)),
+    "scan": ScanDetector(Scan(suppression=SUPPRESSION, search=TriggerSearch(INVERSION, INVERSION))),
+    "trigger-search": TriggerSearch(INVERSION, INVERSION),
+    "trigger-search-calibrated": TriggerSearch(
+        INVERSION,
+        INVERSION,
+        refined=2,
+        held_out_fraction=0.0,
+        fewest_classes=3,
+        calibration=Calibration((0.1, 0.2, 0.3), "three"),
+        alpha=0.25,
+    ),
     "nc": TriggerSize(INVERSION),
     "nc-ratio": TriggerSize(INVERSION, statistic="ratio", fewest_classes=3),
     "nc-log-calibrated": TriggerSize(

@@ -9,6 +9,7 @@ import torch
 
 from unbackdoor import rng
 from unbackdoor.detect.calibration import Calibration
+from unbackdoor.detect.joint import combine
 from unbackdoor.filters.saliency import spearman
 
 
@@ -28,6 +29,24 @@ def test_exchangeable_scores_are_flagged_at_most_alpha(models: int, alpha: float
     assert by_p <= most
     assert by_threshold <= most
     assert by_threshold >= 0.5 * by_p  # the threshold is no empty promise
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("dependence", [0.0, 0.9])
+def test_joint_scores_of_clean_models_are_flagged_at_most_alpha(dependence: float) -> None:
+    # As above. Three detectors, one of them heavy-tailed, and few models: the guarantee needs no more.
+    models, alpha, trials = 19, 0.05, 1500
+    generator = rng.generator(int(10 * dependence))
+    common = torch.randn(trials, models + 1, 1, generator=generator, dtype=torch.float64)
+    own = torch.randn(trials, models + 1, 3, generator=generator, dtype=torch.float64)
+    scores = dependence * common + (1 - dependence**2) ** 0.5 * own
+    scores[..., 2] = scores[..., 2].exp() ** 2
+    flagged = 0
+    for trial in scores.tolist():
+        suspect, *clean = [dict(zip("abc", row, strict=True)) for row in trial]
+        flagged += combine(clean, suspect, alpha).p_value <= alpha
+    assert flagged <= alpha * trials + 4 * math.sqrt(alpha * (1 - alpha) * trials)
+    assert flagged >= 0.4 * alpha * trials  # nor is it an empty promise
 
 
 @pytest.mark.statistical

@@ -10,7 +10,6 @@ import torch
 
 from unbackdoor import rng
 from unbackdoor.compute import predictions_of
-from unbackdoor.detect.scan import Scan
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.evaluate import evaluate
 from unbackdoor.filters import FilterMask, find_filters
@@ -77,12 +76,3 @@ def test_mnp_removes_planted_filters(seed: int) -> None:
     assert any(
         {place for place in planted.guilty if place[0] == layer} <= removed for layer in ("conv1", "conv2")
     )
-
-
-def test_scan_runs_through_on_a_planted_network() -> None:
-    planted = planted_backdoor(target_class=3)
-    clean = planted.clean_data(200, rng.generator(1))
-    result = Scan().run(planted.model, clean, generator=rng.generator(0))
-    assert result.verdict == "backdoored"
-    assert result.target_class == 3
-    assert result.plausibility.accuracy.value == 1.0

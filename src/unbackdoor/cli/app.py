@@ -8,6 +8,7 @@ import traceback
 import typer
 
 from unbackdoor.cli.attack import attack
+from unbackdoor.cli.calibrate import calibrate
 from unbackdoor.cli.demo import demo
 from unbackdoor.cli.evaluate import evaluate
 from unbackdoor.cli.graph import graph
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find and remove backdoors in PyTorch image classifiers, given a few hundred clean images.",
 )
-for command in (scan, purify, evaluate, attack, methods, report, demo):
+for command in (scan, calibrate, purify, evaluate, attack, methods, report, demo):
     app.command()(command)
 app.add_typer(zoo, name="zoo")
 app.add_typer(graph, name="graph")

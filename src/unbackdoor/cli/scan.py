@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import typer
 
 from unbackdoor.cli import options as o
@@ -23,27 +25,37 @@ def scan(
     std: o.Std = None,
     normalize: o.Normalize = None,
     alpha: float = typer.Option(0.05, min=0.001, max=0.5, help="Largest share of clean models flagged."),
-    calibration: str | None = typer.Option(None, help="Calibration file made from your own clean models."),
+    calibration: str | None = typer.Option(
+        None, help="Scores of your own clean models, from `unbackdoor calibrate`; else what comes with it."
+    ),
+    fast: bool = typer.Option(
+        False, "--fast", help="Leave trigger inversion out; the model cannot be called clean then."
+    ),
     settings: o.Settings = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     as_json: o.AsJson = False,
     report: o.ReportPath = None,
+    sarif: Path | None = typer.Option(None, help="Also write SARIF 2.1.0, for code scanning."),
 ) -> None:
     """Say whether a model is backdoored, with the evidence.
 
     Exit code: 0 no evidence of a backdoor, 1 backdoored, 3 inconclusive, 2 error.
     """
-    from pathlib import Path
-
     from unbackdoor.cli import console, inputs, show
-    from unbackdoor.cli.work import scan_document
+    from unbackdoor.cli.scanning import scan_document
     from unbackdoor.detect.calibration import read_calibration
     from unbackdoor.detect.scan import Scan
     from unbackdoor.settings import configure
 
+    for path in (report, sarif):
+        show.check_folder(path)
     method = configure(
-        Scan(alpha=alpha, calibration=read_calibration(Path(calibration)) if calibration else None),
+        Scan(
+            alpha=alpha,
+            fast=fast,
+            calibration=read_calibration(Path(calibration)) if calibration else None,
+        ),
         settings or [],
     )
     loaded = inputs.open_model(
@@ -67,5 +79,7 @@ def scan(
             warnings=data.warnings,
             progress=progress,
         )
+    if sarif is not None:
+        show.write_sarif(document, sarif, quiet=as_json)
     show.finish(document, as_json=as_json, report=report)
     raise typer.Exit(EXIT_CODES[document.verdict])

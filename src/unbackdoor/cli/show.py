@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from unbackdoor.report import documents as doc
 
 if TYPE_CHECKING:
     from unbackdoor.catalogue import Entry, Option
+    from unbackdoor.detect.calibration import CalibrationSet
     from unbackdoor.models.loading import LoadedModel
 
 _STYLES = {"backdoored": "bold red", "clean": "bold green", "inconclusive": "bold yellow"}
@@ -43,6 +45,16 @@ def check_output(out: Path, model: Path, *, force: bool) -> None:
         raise InvalidInputError(f"cannot write {out}: its folder does not exist, or it is a folder itself.")
     if out.exists() and not force:
         raise InvalidInputError(f"{out} exists already; choose another name or add --force.")
+
+
+def check_folder(out: Path | None) -> None:
+    """Fail before the work if a page could not be written.
+
+    Raises:
+        InvalidInputError: If ``out`` is a folder, or its folder does not exist.
+    """
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise InvalidInputError(f"cannot write {out}: its folder does not exist, or it is a folder itself.")
 
 
 def finish(document: doc.Document, *, as_json: bool, report: Path | None) -> None:
@@ -77,6 +89,47 @@ def write_page(documents: Sequence[doc.Document], out: Path, *, title: str, quie
         raise InvalidInputError(f"cannot write {out}: {error.strerror}; check the folder.") from error
     if not quiet:
         console.note(f"wrote {out} ({len(page) // 1024} KiB)")
+
+
+def write_sarif(document: doc.ScanDocument, out: Path, *, quiet: bool = False) -> None:
+    """Write a scan as SARIF.
+
+    Raises:
+        InvalidInputError: If the file cannot be written.
+    """
+    from unbackdoor.report.sarif import sarif_text
+
+    doc.write_text(sarif_text(document), out)
+    if not quiet:
+        console.note(f"wrote {out}")
+
+
+def calibration(found: CalibrationSet, out: Path, *, as_json: bool) -> None:
+    """Print what a calibration holds and allows."""
+    if as_json:
+        console.print_json(found.text())
+        return
+    table = Table("detector", "models", "abstained", "median", "largest", box=None, pad_edge=False)
+    for name in found.options:
+        scores = sorted(row[name] for row in found.rows([name]))
+        if not scores:
+            table.add_row(name, "0", str(len(found.models)), "-", "-")
+            continue
+        table.add_row(
+            name,
+            str(len(scores)),
+            str(len(found.models) - len(scores)),
+            f"{statistics.median(scores):.3f}",
+            f"{scores[-1]:.3f}",
+        )
+    console.results.print(table)
+    count = len(found.models)
+    console.results.print(
+        f"{count} clean models of one kind: {found.kind.words()}. The smallest false-positive rate that they "
+        f"can guarantee is 1 / {count + 1} = {1 / (count + 1):.1%}; for 5 % it takes 19, for 1 % 99.",
+        markup=False,
+    )
+    console.results.print(f"wrote {out}; scan with --calibration {out}", markup=False)
 
 
 def card(values: Mapping[str, Any], out: Path) -> None:
@@ -120,7 +173,7 @@ def stealth(values: Mapping[str, Any]) -> str:
 _HOW = {
     "attack": "unbackdoor attack NAME --data DATA --out FOLDER --set ...",
     "purifier": "unbackdoor purify MODEL --arch ARCH --clean IMAGES --out FILE --method NAME --set ...",
-    "model detector": "unbackdoor scan MODEL --arch ARCH --clean IMAGES",
+    "model detector": "unbackdoor scan MODEL --arch ARCH --clean IMAGES; all: from Python, score(...)",
     "sample detector": "from Python: score(model, samples, clean, generator=...)",
     "graph attack": "unbackdoor graph attack NAME --data GRAPH --out FOLDER --set ...",
     "graph detector": "unbackdoor graph scan GRAPH --set ...",
@@ -174,20 +227,37 @@ def _scan(document: doc.ScanDocument) -> None:
         markup=False,
     )
     if document.detectors:
-        table = Table("detector", "score", "threshold", "p", "says", box=None, pad_edge=False)
+        columns = ("detector", "looks at", "score", "threshold", "p", "says", "target", "s")
+        table = Table(*columns, box=None, pad_edge=False)
         for row in document.detectors:
             table.add_row(
-                row.title,
+                escape(row.name.replace("_", "-")),
+                escape(row.kind),
                 "-" if row.score is None else f"{row.score:.3f}",
                 "-" if row.threshold is None else f"{row.threshold:.3f}",
                 "-" if row.p_value is None else f"{row.p_value:.3f}",
-                row.verdict,
+                row.verdict if row.decides else f"({row.verdict})",
+                "-" if row.target_class is None else str(row.target_class),
+                f"{row.seconds:.0f}",
             )
         out.print(table)
         for row in document.detectors:
             out.print(f"- {row.summary}", markup=False)
-        out.print(f"- thresholds: {document.detectors[0].threshold_source}", markup=False)
+    if document.trigger is not None:
+        out.print(f"- {recovered(document.trigger)}", markup=False)
+    if document.confidence is not None:
+        out.print(f"- compared with {document.confidence.description}", markup=False)
+        out.print(f"- {document.confidence.guarantee}", markup=False)
     out.print(document.advice, markup=False)
+
+
+def recovered(trigger: doc.RecoveredTrigger) -> str:
+    """Return what is known of a recovered trigger, in a line."""
+    return (
+        f"recovered trigger: {trigger.l1_pixels:.1f} pixels, {trigger.image_fraction:.1%} of the image, "
+        f"sends {percent(trigger.success)} of {trigger.success.n} held-out clean images to class "
+        f"{trigger.target_class} ({trigger.target_name})"
+    )
 
 
 def _purify(document: doc.PurifyDocument) -> None:

@@ -14,15 +14,15 @@ from unbackdoor import rng
 from unbackdoor.attacks import BadNets
 from unbackdoor.bench.artefact import save_clean, save_infected
 from unbackdoor.cli import inputs, show
-from unbackdoor.cli.work import evaluate_document, purify_document, scan_document
+from unbackdoor.cli.scanning import scan_document
+from unbackdoor.cli.work import evaluate_document, purify_document
 from unbackdoor.data import load_images, split
-from unbackdoor.detect.calibration import Calibration, CalibrationSet
-from unbackdoor.detect.collapse import Collapse
-from unbackdoor.detect.exposure import expose
-from unbackdoor.detect.mnp import CorrelationRatio
-from unbackdoor.detect.scan import Scan, calibration_options
+from unbackdoor.detect.calibration import CalibrationSet, Kind, ScoredModel, options_of, write_calibration
+from unbackdoor.detect.scan import Scan
+from unbackdoor.detect.trigger_search import TriggerSearch
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.select import Guard
+from unbackdoor.inversion import Inversion
 from unbackdoor.models import NormalisedModel, build
 from unbackdoor.models.loading import LoadedModel, load_model
 from unbackdoor.purify import MNP
@@ -40,6 +40,16 @@ TWINS = 9
 """Honest models for the threshold; n of them allow a false-positive rate of 1 / (n + 1)."""
 
 ALPHA = 0.1
+
+SCAN = Scan(
+    alpha=ALPHA,
+    search=TriggerSearch(
+        first=Inversion(steps=80, batch_size=16, success=0.95),
+        second=Inversion(steps=80, batch_size=16, success=0.95),
+        refined=2,
+    ),
+)
+"""A shorter trigger search than the default: images are small, and twelve models are searched."""
 
 DATA = inputs.DataOptions("digits", "test", 400)
 
@@ -65,9 +75,10 @@ def tell(out: Path, *, seed: int, progress: Progress, say: Callable[[str], None]
 
     say(f"   {TWINS} more honest models show how a clean one scores: the threshold comes from them.")
     calibration = _calibrate(training, defence, seed, progress)
+    write_calibration(calibration, out / "calibration.json")
 
     say("3. You get both files, and 400 clean images. Scan them:")
-    scan = Scan(alpha=ALPHA, calibration=calibration)
+    scan = replace(SCAN, calibration=calibration)
     documents: list[doc.Document] = []
     models = {name: load_model(folder / "model.safetensors", "resnet10") for name, folder in folders.items()}
     for loaded in models.values():
@@ -150,18 +161,23 @@ def _train_clean(
 def _calibrate(
     training: LabelledImages, clean: LabelledImages, seed: int, progress: Progress
 ) -> CalibrationSet:
-    """Score honest models of the same kind; their highest score is the threshold."""
-    scan = Scan()
-    scores: dict[str, list[float]] = {"collapse": [], "mnp": []}
+    """Score honest models of the same kind; what they score at most is the threshold."""
+    models, kind = list[ScoredModel](), None
     for index in range(TWINS):
         model, _ = _honest(training, 1000 + seed + index, silent)
-        exposure = expose(model, clean, scan.suppression, scan.statistic, generator=rng.generator(index))
-        scores["collapse"].append(Collapse(scan.suppression).judge(exposure.suppressed).score)
-        scores["mnp"].append(CorrelationRatio(scan.suppression, scan.statistic).judge(exposure).score)
+        kind = Kind.of(model, clean, clean.num_classes, architecture="resnet10")
+        scores = SCAN.measure(model, clean, generator=rng.generator(index)).scores()
+        models.append(ScoredModel(name=f"twin-{index}", scores=scores))
         progress("calibrate", index + 1, TWINS)
-    words = f"{TWINS} honest models trained on the same digits with other seeds"
-    detectors = {name: Calibration(tuple(values), words) for name, values in scores.items()}
-    return CalibrationSet(detectors, calibration_options(scan.suppression, scan.statistic), words)
+    assert kind is not None
+    return CalibrationSet(
+        description="trained on the same digits with other seeds",
+        origin="models",
+        kind=kind,
+        images=len(clean),
+        options={name: options_of(detector) for name, detector in SCAN.detectors().items()},
+        models=tuple(models),
+    )
 
 
 def _scan(

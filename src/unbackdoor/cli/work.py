@@ -7,7 +7,7 @@ import hashlib
 import io
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,6 @@ from unbackdoor import rng
 from unbackdoor.catalogue import dashed
 from unbackdoor.compute import predictions_of
 from unbackdoor.costs import metered
-from unbackdoor.detect.collapse import Collapse
-from unbackdoor.detect.exposure import Exposure
-from unbackdoor.detect.mnp import CorrelationRatio
-from unbackdoor.detect.scan import LIMITS, Scan, ScanResult
 from unbackdoor.evaluate import clean_accuracy, evaluate
 from unbackdoor.extras import require
 from unbackdoor.filters.groups import FilterMap, find_filters
@@ -31,7 +27,6 @@ from unbackdoor.rates import Rate
 from unbackdoor.reactivate import reactivation
 from unbackdoor.report import documents as doc
 from unbackdoor.types import (
-    Detection,
     LabelledImages,
     LabelRule,
     Progress,
@@ -43,53 +38,12 @@ from unbackdoor.types import (
     silent,
 )
 
-ADVICE = {
-    "backdoored": "Do not use this model. Get it from a source you trust, or remove the backdoor with "
-    "`unbackdoor purify`, scan the result again and look at what it cost.",
-    "clean": "No evidence was found; read below what this scan cannot see before you rely on it.",
-    "inconclusive": "Do not rely on this model yet: mend what is named above and scan again.",
-}
-
 PURIFY_LIMITS = (
     "Whether a backdoor was there, and whether it is gone, cannot be seen from clean images alone; scan the "
     "purified model again.",
     "Backdoors trained in with very few poisoned images may survive pruning.",
     "A purified model can be infected again by fine-tuning on poisoned images.",
 )
-
-
-def scan_document(
-    model: nn.Module,
-    clean: LabelledImages,
-    *,
-    scan: Scan,
-    info: doc.ModelInfo,
-    data: doc.DataInfo,
-    seed: int,
-    warnings: tuple[str, ...] = (),
-    progress: Progress,
-) -> doc.ScanDocument:
-    """Scan ``model`` and describe the result."""
-    result = scan.run(model, clean, generator=rng.generator(seed), progress=progress)
-    target = result.target_class
-    return doc.ScanDocument(
-        tool_version=unbackdoor.__version__,
-        seconds=result.seconds,
-        model=info,
-        data=data,
-        clean_accuracy=rate(result.plausibility.accuracy),
-        verdict=result.verdict,
-        reason=_sentence(result.reason),
-        advice=ADVICE[result.verdict],
-        target_class=target,
-        target_name=None if target is None else clean.name_of(target),
-        warnings=[*warnings, *result.warnings],
-        detectors=_detector_rows(result, clean),
-        suppression=_suppression(result.exposure, scan),
-        scatter=_scatter(result.exposure),
-        settings={"scan": _plain(asdict(scan)), "seed": seed},
-        limits=list(LIMITS),
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +80,7 @@ def purify_document(
         data=data,
         method=dashed(method.name),
         outcome=_outcome(loaded.model, purified, filter_map),
-        options=_plain(diagnostics.get("options", {})),
+        options=plain(diagnostics.get("options", {})),
         output=str(out),
         output_sha256=hashlib.sha256(out.read_bytes()).hexdigest(),
         clean_accuracy_before=rate(clean_accuracy(loaded.model, held_out)),
@@ -210,96 +164,14 @@ def rate(value: Rate) -> doc.Rate:
     return doc.Rate.model_validate(value.describe())
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
+    """Return ``text`` with a capital letter and a full stop."""
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out calibrations, which may be long; their description stands beside each threshold."""
     return {key: value for key, value in options.items() if key != "calibration"}
-
-
-def _detector_rows(result: ScanResult, clean: LabelledImages) -> list[doc.DetectorRow]:
-    rows = []
-    for detector, detection in ((Collapse, result.collapse), (CorrelationRatio, result.correlation)):
-        if detection is None:
-            continue
-        flagged = detection.is_backdoored
-        rows.append(
-            doc.DetectorRow(
-                name=detector.name,
-                title=detector.title,
-                source=detector.source,
-                score=detection.score,
-                threshold=detection.threshold,
-                threshold_source=detection.threshold_source,
-                p_value=detection.p_value,
-                verdict="undetermined" if flagged is None else "backdoored" if flagged else "clean",
-                undetermined=detection.undetermined,
-                target_class=detection.target_class,
-                seconds=result.seconds,
-                summary=_summary(detection, clean),
-                evidence=dict(detection.evidence),
-            )
-        )
-    return rows
-
-
-def _summary(detection: Detection, clean: LabelledImages) -> str:
-    evidence = detection.evidence
-    if detection.undetermined:
-        return _sentence(f"not determined: {detection.undetermined}")
-    if "ratio" in evidence:
-        return (
-            f"Magnitude and saliency of the filters correlate by {evidence['correlation']:.2f}, after "
-            f"suppression by {evidence['correlation_suppressed']:.2f}; the paper expects a drop. Shown for "
-            "comparison, it does not decide the verdict."
-        )
-    if detection.target_class is None:
-        return f"The errors of the suppressed model follow the pattern '{evidence['pattern']}' most."
-    share = max(evidence["target_concentration"])
-    return (
-        f"When half of the clean accuracy was gone, {share:.0%} of the errors on other classes went to "
-        f"'{clean.name_of(detection.target_class)}'."
-    )
-
-
-def _suppression(exposure: Exposure | None, scan: Scan) -> doc.Suppression | None:
-    if exposure is None:
-        return None
-    reasons = {
-        "accuracy": f"the clean accuracy fell to {scan.suppression.stop_accuracy:.0%} or below",
-        "budget": "the budget of steps ran out",
-        "not finite": "the loss overflowed",
-    }
-    suppressed = exposure.suppressed
-    return doc.Suppression(
-        accuracy=list(suppressed.accuracies),
-        stop_reason=reasons[suppressed.stop_reason],
-        norm_mode=scan.suppression.norm_mode,
-        class_share=suppressed.class_share.tolist(),
-    )
-
-
-def _scatter(exposure: Exposure | None) -> doc.Scatter | None:
-    if exposure is None:
-        return None
-    layers = list(exposure.before.magnitude)
-    lengths = [len(exposure.before.magnitude[name]) for name in layers]
-
-    def flat(values: Mapping[str, Tensor]) -> list[float]:
-        return [round(value, 6) for name in layers for value in values[name].tolist()]
-
-    return doc.Scatter(
-        layers=layers,
-        layer_of=[index for index, length in enumerate(lengths) for _ in range(length)],
-        magnitude=flat(exposure.before.magnitude),
-        saliency=flat(exposure.before.saliency),
-        magnitude_after=flat(exposure.after.magnitude),
-        saliency_after=flat(exposure.after.saliency),
-        rho=exposure.before.correlation,
-        rho_after=exposure.after.correlation,
-    )
 
 
 def _removed(purified: Purified, model: nn.Module, filter_map: FilterMap) -> list[doc.RemovedFilter]:

@@ -17,3 +17,4 @@ from unbackdoor.detect.scan import Scan as Scan
 from unbackdoor.detect.scan_statistics import SCAn as SCAn
 from unbackdoor.detect.spectral import SpectralSignatures as SpectralSignatures
 from unbackdoor.detect.strip import STRIP as STRIP
+from unbackdoor.detect.trigger_search import TriggerSearch as TriggerSearch

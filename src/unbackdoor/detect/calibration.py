@@ -2,20 +2,40 @@
 
 With n clean models, the conformal p-value of a score s is (1 + #{clean scores >= s}) / (n + 1). If the
 suspect is clean and exchangeable with them, flagging p <= alpha is wrong with probability at most alpha
-(Vovk, Gammerman, Shafer, "Algorithmic Learning in a Random World", 2005, section 2.2.2).
+(Vovk, Gammerman, Shafer, "Algorithmic Learning in a Random World", 2005, section 2.2.2). The smallest
+p-value, and so the smallest false-positive rate that n models can guarantee, is 1 / (n + 1).
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import nn
 
 from unbackdoor.errors import InvalidInputError
+from unbackdoor.types import LabelledImages
+
+VERSION: Final = 2
+"""Raised whenever a key changes its meaning; files of other versions are refused."""
+
+MAX_FILE_BYTES = 16 * 2**20
+"""Larger files are refused unread: a thousand models with ten scores each take 1 MB."""
+
+_ELSEWHERE = {"calibration", "alpha", "threshold", "delta", "precision"}
+"""Options that decide what becomes of a score, or how fast it is found, and not the score."""
+
+Origin = Literal["shipped", "models", "surrogates"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -44,13 +64,23 @@ class Calibration:
         Raises:
             InvalidInputError: If there are fewer than 1 / alpha - 1 models.
         """
-        allowed = math.floor(alpha * (len(self.scores) + 1) + 1e-9) - 1
-        if allowed < 0:
-            raise InvalidInputError(
-                f"{len(self.scores)} clean models cannot guarantee a false-positive rate of {alpha:g}; "
-                f"use at least {math.ceil(1 / alpha) - 1}."
-            )
-        return sorted(self.scores, reverse=True)[allowed]
+        spared = flags_allowed(len(self.scores), alpha)
+        if spared < 0:
+            raise InvalidInputError(f"{too_few(len(self.scores), alpha)}.")
+        return sorted(self.scores, reverse=True)[spared]
+
+
+def flags_allowed(n: int, alpha: float) -> int:
+    """Return how many of ``n`` clean models may reach a score that is still flagged; -1 for no guarantee."""
+    return math.floor(alpha * (n + 1) + 1e-9) - 1
+
+
+def too_few(n: int, alpha: float) -> str:
+    """Say that ``n`` models cannot guarantee ``alpha``, and what they can."""
+    return (
+        f"{n} clean models cannot guarantee a false-positive rate of {alpha:g}, at best 1 / {n + 1} = "
+        f"{1 / (n + 1):.3g}; use at least {math.ceil(1 / alpha - 1e-9) - 1} models"
+    )
 
 
 def threshold_from(
@@ -73,50 +103,177 @@ def threshold_from(
     return math.nextafter(calibration.threshold(alpha), math.inf), calibration.description
 
 
-class _File(BaseModel):
+class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: int = Field(ge=1, le=1)
-    description: str
-    options: dict[str, Any]
-    scores: dict[str, list[float]]
 
-
-@dataclass(frozen=True)
-class CalibrationSet:
-    """The calibrations of several detectors on the same clean models.
+class Kind(_Part):
+    """Which networks a calibration speaks of.
 
     Args:
-        detectors: Detector name to calibration.
-        options: The options that they were run with; they hold for these only.
-        description: Which models these are.
+        architecture: Name for people; the same network may have several.
+        parameters: Number of weights; with the other fields it tells architectures and widths apart.
+        width: Filters of the first convolution, or None without one.
+        num_classes: Outputs of the network.
+        image_shape: ``(C, H, W)``.
     """
 
-    detectors: dict[str, Calibration]
-    options: dict[str, Any]
+    architecture: str
+    parameters: int = Field(ge=0)
+    width: int | None = Field(default=None, ge=1)
+    num_classes: int = Field(ge=1)
+    image_shape: tuple[int, int, int]
+
+    @staticmethod
+    def of(model: nn.Module, images: LabelledImages, classes: int, *, architecture: str = "") -> Kind:
+        """Describe ``model`` with its ``classes`` outputs, on such images."""
+        parameters = list(model.parameters())
+        first = next((tensor for tensor in parameters if tensor.ndim == 4), None)
+        channels, height, width = images.images.shape[1:]
+        return Kind(
+            architecture=architecture or type(model).__name__,
+            parameters=sum(tensor.numel() for tensor in parameters),
+            width=None if first is None else len(first),
+            num_classes=classes,
+            image_shape=(channels, height, width),
+        )
+
+    def is_like(self, other: Kind) -> bool:
+        """Whether both are the same network on images of the same shape, whatever it is called."""
+        return self.model_copy(update={"architecture": other.architecture}) == other
+
+    def words(self) -> str:
+        """Describe the kind in a phrase."""
+        width = "" if self.width is None else f" of width {self.width}"
+        shape = " x ".join(map(str, self.image_shape))
+        return (
+            f"{self.architecture}{width} ({self.parameters:,} weights) with {self.num_classes} classes on "
+            f"images of {shape}"
+        )
+
+
+class ScoredModel(_Part):
+    """A clean model and what the detectors said of it.
+
+    Args:
+        name: What to call it.
+        sha256: Hash of its file, or of its weights; empty if unknown.
+        clean_accuracy: On the images that it was scored with.
+        scores: One a detector; None where that detector abstained.
+    """
+
+    name: str
+    sha256: str = ""
+    clean_accuracy: float | None = Field(default=None, ge=0, le=1)
+    scores: dict[str, Finite | None]
+
+
+class CalibrationSet(_Part):
+    """The scores of several detectors on the same clean models of one kind; a file's content.
+
+    Args:
+        version: Of the format.
+        description: Which models these are.
+        origin: ``shipped`` with the package; ``models`` of the user's; ``surrogates`` that were trained on
+            the user's clean images.
+        kind: Which networks it speaks of.
+        images: Clean images that each model was scored with.
+        options: Detector to the options it was run with; its scores hold for these only.
+        models: One entry a model.
+    """
+
+    version: Literal[2] = VERSION
     description: str
+    origin: Origin = "models"
+    kind: Kind
+    images: int = Field(ge=1)
+    options: dict[str, dict[str, Any]]
+    models: tuple[ScoredModel, ...] = ()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        unknown = {name for model in self.models for name in model.scores} - set(self.options)
+        if unknown:
+            raise ValueError(f"there are scores of {sorted(unknown)[0]!r}, but not its options")
+        return self
+
+    def fits(self, detector: Any) -> bool:  # noqa: ANN401 - any model detector
+        """Whether there are scores of ``detector`` with the options that it has."""
+        return self.options.get(detector.name) == options_of(detector)
+
+    def rows(self, names: Iterable[str]) -> list[dict[str, float]]:
+        """Return the scores of these detectors for each model on which none of them abstained."""
+        wanted = list(names)
+        found = [{name: model.scores.get(name) for name in wanted} for model in self.models]
+        return [
+            {name: score for name, score in row.items() if score is not None}
+            for row in found
+            if None not in row.values()
+        ]
+
+    def of(self, detector: Any) -> Calibration | None:  # noqa: ANN401 - any model detector
+        """Return the calibration of one detector alone; None if it has none with these options."""
+        scores = tuple(row[detector.name] for row in self.rows([detector.name]))
+        return Calibration(scores, self.words(len(scores))) if scores and self.fits(detector) else None
+
+    def words(self, n: int | None = None) -> str:
+        """Say where a threshold comes from, in a phrase."""
+        whose = {
+            "shipped": "shipped with this package",
+            "models": "from your own models",
+            "surrogates": "from surrogates trained on your images",
+        }
+        count = len(self.models) if n is None else n
+        return f"{count} clean models, {whose[self.origin]}: {self.description}"
+
+    def text(self) -> str:
+        """Return the content of a file."""
+        return self.model_dump_json(indent=1) + "\n"
 
 
-def parse_calibration(text: str, *, source: str) -> CalibrationSet:
+def options_of(detector: Any) -> dict[str, Any]:  # noqa: ANN401 - any frozen dataclass
+    """Return the options on which a detector's score depends, as JSON values."""
+    found: dict[str, Any] = json.loads(json.dumps(_plain(asdict(detector))))
+    return found
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _plain(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if name not in _ELSEWHERE
+    }
+
+
+def parse_calibration(text: str | bytes, *, source: str) -> CalibrationSet:
     """Read a calibration file's text.
 
     Raises:
         InvalidInputError: If it is not one.
     """
     try:
-        parsed = _File.model_validate_json(text)
+        content = pydantic_core.from_json(text)
+        version = content.get("version") if isinstance(content, dict) else None
+        if version is not None and version != VERSION:
+            raise InvalidInputError(
+                f"{source} is a calibration file of version {version!r}, this package reads {VERSION}; make "
+                "it again with `unbackdoor calibrate`."
+            )
+        return CalibrationSet.model_validate_json(text)
     except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
         raise InvalidInputError(
-            f"{source} is no calibration file: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}."
+            f"{source} is no calibration file: {first['msg']} at {where}; make one with `unbackdoor "
+            "calibrate`."
         ) from error
-    detectors = {name: Calibration(tuple(s), parsed.description) for name, s in parsed.scores.items()}
-    return CalibrationSet(detectors, parsed.options, parsed.description)
-
-
-def shipped_calibration() -> CalibrationSet:
-    """Return the calibration that comes with the package."""
-    file = resources.files("unbackdoor.detect") / "calibrations" / "cifar10_resnet18_w16.json"
-    return parse_calibration(file.read_text(encoding="utf-8"), source=file.name)
+    except ValueError as error:
+        if isinstance(error, InvalidInputError):
+            raise
+        raise InvalidInputError(
+            f"{source} is no calibration file: it holds no JSON ({error}); make one with `unbackdoor "
+            "calibrate`."
+        ) from error
 
 
 def read_calibration(path: Path) -> CalibrationSet:
@@ -126,7 +283,42 @@ def read_calibration(path: Path) -> CalibrationSet:
         InvalidInputError: If it cannot be read or is no calibration file.
     """
     try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InvalidInputError(
+                f"{path} has {path.stat().st_size / 2**20:.0f} MiB, too many for a calibration file; give "
+                "one made with `unbackdoor calibrate`."
+            )
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"{path} cannot be read as a calibration file ({error}).") from error
     return parse_calibration(text, source=str(path))
+
+
+def write_calibration(calibration: CalibrationSet, path: Path) -> None:
+    """Write a file so that ``path`` holds the old content or the whole new one.
+
+    Raises:
+        InvalidInputError: If it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(calibration.text(), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise InvalidInputError(f"cannot write {path}: {error.strerror}; check the folder.") from error
+
+
+def shipped_calibrations() -> Sequence[CalibrationSet]:
+    """Return the calibrations that come with the package."""
+    folder = resources.files("unbackdoor.detect") / "calibrations"
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda f: f.name)
+    found = [parse_calibration(file.read_text(encoding="utf-8"), source=file.name) for file in files]
+    # `unbackdoor calibrate` wrote them, for which they were models of the user's.
+    return [calibration.model_copy(update={"origin": "shipped"}) for calibration in found]
+
+
+def shipped_for(kind: Kind) -> CalibrationSet | None:
+    """Return the shipped calibration for networks of this kind, or None."""
+    return next((found for found in shipped_calibrations() if found.kind.is_like(kind)), None)

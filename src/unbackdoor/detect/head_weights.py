@@ -34,8 +34,9 @@ class HeadWeights:
     The statistics and their combination are ours: DFBScanner's are not public in its abstract. Rows are
     centred over the classes first, since the same vector added to each changes no answer. Values are
     standardised by median and median absolute deviation; a statistic that is equal for half of the classes
-    (a bias of zeros, say) is left out. The scores of large ``K`` and small ``K`` are not comparable: for a
-    head of independent Gaussian weights the default threshold flags 5 % at ten classes, 15 % at five.
+    (a bias of zeros, say) is left out. The scores of large ``K`` and small ``K`` are not comparable: of
+    heads of independent Gaussian weights the default threshold flags more, the fewer classes there are
+    (``benchmarks/null_rates.py``).
 
     Args:
         statistics: Which are taken: ``norm``, l2; ``mean``; ``large``, the share of weights above

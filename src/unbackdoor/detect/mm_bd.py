@@ -37,11 +37,11 @@ class MaximumMargin:
     fitted to all ``r_t`` but the largest, whose p-value as the maximum of K is ``1 - G(r_max)^K``.
 
     No data are used: of the clean images only the shape matters. The score is -log10 of that p-value.
-    It is no p-value of the test, since G is fitted to few points from which the largest was taken away: of
-    clean models with ten Gamma-distributed margins, p <= 0.05 flags a quarter, of log-normal ones (spread
-    0.5) 39 %. ``null = "simulated"`` moves the threshold to where it flags ``alpha`` of Gamma-distributed
-    margins; only a calibration accounts for margins that are distributed otherwise. Several targets at once
-    hide one another.
+    It is no p-value of the test, since G is fitted to few points from which the largest was taken away:
+    p <= 0.05 flags far more than 5 % of clean models, whose ten margins are Gamma-distributed or log-normal
+    (``benchmarks/null_rates.py``). ``null = "simulated"`` moves the threshold to where it flags ``alpha`` of
+    Gamma-distributed margins; only a calibration accounts for margins that are distributed otherwise. Several
+    targets at once hide one another.
 
     Deviations: images are projected onto [0, 1] after each step, where the authors clip them inside the
     forward pass and so lose a pixel for good once it has left; momentum acts (their optimiser is made anew

@@ -29,9 +29,10 @@ class TriggerSize:
     IEEE S&P 2019: anomaly index ``(median - l1) / (1.4826 MAD)`` over the classes, flagged above 2 on the
     small side.
 
-    The 2 is no 5 % test. For ten independent Gaussian norms it flags a third of all clean models, for
-    log-normal ones (spread 0.5) a tenth: take a calibration. ``log_index`` flags a third of log-normal norms
-    whatever their spread; ``ratio`` asks for an effect size and ignores how much the others vary.
+    The 2 is no 5 % test: of ten independent norms that differ by chance alone the smallest often lies beyond
+    it, most of all if they are Gaussian (``benchmarks/null_rates.py``): take a calibration. ``log_index``
+    flags log-normal norms as often as ``index`` Gaussian ones, whatever their spread; ``ratio`` asks for an
+    effect size and ignores how much the others vary.
     Triggers that are large (blends), warp or differ from image to image are missed, and so are several
     targets at once, since they move the median.
 

@@ -18,6 +18,7 @@ from unbackdoor.detect.scale_up import ScaleUp
 from unbackdoor.detect.scan_statistics import SCAn
 from unbackdoor.detect.spectral import SpectralSignatures
 from unbackdoor.detect.strip import STRIP
+from unbackdoor.detect.trigger_search import TriggerSearch
 
 MODEL_DETECTORS: dict[str, type[Any]] = {
     cls.name: cls
@@ -27,6 +28,7 @@ MODEL_DETECTORS: dict[str, type[Any]] = {
         UnlearntLabel,
         UnlearntTrigger,
         TriggerSize,
+        TriggerSearch,
         MaximumMargin,
         HeadWeights,
         BTIDBF,

@@ -4,81 +4,121 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
+from unbackdoor import rng
 from unbackdoor.compute import check_fits
-from unbackdoor.detect.calibration import CalibrationSet, shipped_calibration
+from unbackdoor.detect.calibration import CalibrationSet, Kind, shipped_for
 from unbackdoor.detect.collapse import Collapse
+from unbackdoor.detect.evidence import KINDS, REQUIRED, Evidence
 from unbackdoor.detect.exposure import Exposure, Statistic, expose
+from unbackdoor.detect.head_weights import HeadWeights
+from unbackdoor.detect.joint import Joint, combine
 from unbackdoor.detect.mnp import CorrelationRatio
 from unbackdoor.detect.plausibility import Plausibility, check_plausible
-from unbackdoor.errors import InvalidInputError
+from unbackdoor.detect.suspects import SuspectFilter, suspect_filters
+from unbackdoor.detect.trigger_search import FoundTriggers, RecoveredTrigger, TriggerSearch
+from unbackdoor.detect.verdict import Confidence, Judgement, Verdict, confidence_of
+from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.suppression import Suppression
 from unbackdoor.types import Detection, LabelledImages, Progress, silent
 
-Verdict = Literal["backdoored", "clean", "inconclusive"]
-
-LIMITS = (
-    "A clean verdict means that this scan found no evidence, not that there is no backdoor.",
-    "Suppression exposes backdoors that were trained in with a high share of poisoned images; small "
-    "patches at a low poison rate are expected to escape it, and were not measured.",
-    "Backdoors with several triggers and targets at once, and attackers who know this scan, were not tried.",
-    "Thresholds are guaranteed only for models like those they were calibrated on.",
-)
+MOST_IMAGES_APART = 2.0
+"""A calibration made with more or fewer images than the scan has, by this factor, does not apply."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What a scan measured on a model, before it is compared with clean models.
+
+    Args:
+        exposure: The suppression run that two detectors read.
+        triggers: What the trigger search found, or None if it was left out.
+        evidence: The opinions, uncalibrated.
+    """
+
+    exposure: Exposure
+    triggers: FoundTriggers | None
+    evidence: tuple[Evidence, ...]
+
+    def scores(self) -> dict[str, float | None]:
+        """Return each detector's score; None where it abstained."""
+        detections = {each.name: each.detection for each in self.evidence}
+        return {name: None if d.undetermined else d.score for name, d in detections.items()}
+
+
+@dataclass(frozen=True, eq=False)
 class ScanResult:
     """A verdict and everything it rests on.
 
     Args:
         verdict: ``clean`` means no evidence was found.
         reason: One sentence.
-        target_class: The suspected target, or None.
         plausibility: What was found before any detector ran.
-        collapse: The deciding detector's opinion, or None if the scan ended before.
-        correlation: MNP's own detector's opinion, shown beside it.
-        exposure: The suppression run that both read.
+        confidence: Which clean models it was compared with, and what that guarantees; None if the scan
+            ended before.
+        target_class: The suspected target, or None.
+        evidence: The detectors' opinions; empty if the scan ended before.
+        trigger: The recovered trigger of the suspected target, or None.
+        filters: The most suspicious filters, if the model is not called clean.
+        exposure: The suppression run.
+        warnings: What weakens the verdict.
         seconds: Time taken.
     """
 
     verdict: Verdict
     reason: str
     plausibility: Plausibility
+    confidence: Confidence | None = None
     target_class: int | None = None
-    collapse: Detection | None = None
-    correlation: Detection | None = None
+    evidence: tuple[Evidence, ...] = ()
+    trigger: RecoveredTrigger | None = None
+    filters: tuple[SuspectFilter, ...] = ()
     exposure: Exposure | None = None
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
 
+    def detection(self, name: str) -> Detection | None:
+        """Return the opinion of the detector called ``name``, or None."""
+        return next((each.detection for each in self.evidence if each.name == name), None)
+
 
 @dataclass(frozen=True)
 class Scan:
-    """Suppress the model's clean task once, and read it in two ways.
+    """Look for two independent kinds of evidence, and compare both with clean models at once.
 
-    The verdict follows the class collapse alone. MNP's correlation ratio is computed and shown, and does
-    not decide: on our clean and infected models it did not tell them apart (see RESULTS.md).
+    Suppression exposes backdoors that many training images carried, trigger inversion small patches, however
+    few carried them. Each misses what the other finds, so that neither alone says ``clean``. Their scores are
+    compared jointly with those of clean models of the same kind (see ``joint``): one p-value, whatever
+    depends on whatever. MNP's correlation ratio and the rows of the head are computed, shown, and do not
+    decide unless ``deciding`` names them.
 
-    ``backdoored``: the score is above the threshold that at most ``alpha`` of clean models exceed.
-    ``inconclusive``: it is above the level that at most 2 ``alpha`` exceed; or there are too few images, the
-    model and the images do not fit together, or suppression did not take the accuracy away.
+    ``backdoored``: p <= ``alpha``, which at most a share ``alpha`` of clean models meets.
+    ``inconclusive``: p <= 2 ``alpha``; or there are too few images, no or too few clean models to compare
+    with, one of the two kinds of evidence is missing, or model and images do not fit together.
     ``clean``: otherwise.
 
     Args:
-        suppression: Options of the shared run.
+        suppression: Options of the suppression run.
         statistic: Readings of magnitude and saliency.
+        search: Options of the trigger search.
+        fast: Leave the trigger search out; the model cannot be called clean then.
+        deciding: Detectors that decide; ``collapse`` and ``trigger_search`` are among them.
         alpha: Largest false-positive rate, in (0, 1).
-        calibration: Clean models' scores; None takes those that come with the package.
+        calibration: Clean models' scores; None takes what comes with the package for this kind of network.
         smallest_per_class: With fewer images per class of the model on average, no verdict is given.
     """
 
     suppression: Suppression = field(default_factory=Suppression)
     statistic: Statistic = field(default_factory=Statistic)
+    search: TriggerSearch = field(default_factory=TriggerSearch)
+    fast: bool = False
+    deciding: tuple[str, ...] = REQUIRED
     alpha: float = 0.05
     calibration: CalibrationSet | None = None
     smallest_per_class: float = 5.0
@@ -86,6 +126,21 @@ class Scan:
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
             raise InvalidInputError(f"alpha must lie in (0, 1), got {self.alpha}.")
+        if set(self.deciding) - set(KINDS) or not set(REQUIRED) <= set(self.deciding):
+            raise InvalidInputError(
+                f"deciding must hold {' and '.join(REQUIRED)} and may hold others of {', '.join(KINDS)}; got "
+                f"{self.deciding}."
+            )
+
+    def detectors(self) -> dict[str, Any]:
+        """Return the detectors of this scan by name, uncalibrated."""
+        found = (
+            Collapse(self.suppression),
+            CorrelationRatio(self.suppression, self.statistic),
+            self.search,
+            HeadWeights(),
+        )
+        return {detector.name: detector for detector in found if not (self.fast and detector is self.search)}
 
     def run(
         self,
@@ -101,83 +156,222 @@ class Scan:
             model: Takes float images in [0, 1].
             clean: Clean images with labels; a few hundred.
             generator: All randomness follows it; on the CPU.
-            progress: Called during suppression.
+            progress: Called during the work.
 
         Raises:
             InvalidInputError: If there are fewer than two images, a label has no output of
-                the model, or the calibration has too few models for ``alpha``.
+                the model, or the calibration is of another kind of network.
             UnsupportedModelError: If the network's filters cannot be found.
         """
-        check_fits(model, clean, purpose="a scan", at_least=2)
-        for detector in self._detectors()[:2]:
-            if detector.calibration is not None:
-                detector.calibration.threshold(self.alpha)  # fail on too few models before the work
+        classes = check_fits(model, clean, purpose="a scan", at_least=2)
+        calibration, warnings = self._calibration(model, clean, classes)
         started = time.perf_counter()
         plausibility = check_plausible(model, clean)
         if plausibility.problem:
-            return ScanResult(
-                "inconclusive",
-                plausibility.problem,
-                plausibility,
-                seconds=time.perf_counter() - started,
-            )
+            seconds = time.perf_counter() - started
+            return ScanResult("inconclusive", plausibility.problem, plausibility, seconds=seconds)
+        measured = self.measure(model, clean, generator=generator, progress=progress)
+        result = self.conclude(measured, clean, calibration, plausibility)
+        filters: tuple[SuspectFilter, ...] = ()
+        if result.verdict != "clean":
+            trigger = None if result.trigger is None else result.trigger.trigger
+            filters = suspect_filters(model, clean, measured.exposure, trigger)
+        return replace(
+            result,
+            filters=filters,
+            warnings=(*plausibility.warnings, *warnings, *self._unfit(calibration)),
+            seconds=time.perf_counter() - started,
+        )
+
+    def measure(
+        self,
+        model: nn.Module,
+        clean: LabelledImages,
+        *,
+        generator: torch.Generator,
+        progress: Progress = silent,
+    ) -> Measured:
+        """Run every detector on ``model``, without comparing it with others.
+
+        Args:
+            model: Takes float images in [0, 1]; left untouched.
+            clean: Clean images with labels.
+            generator: All randomness follows it; on the CPU.
+            progress: Called during the work.
+
+        Raises:
+            InvalidInputError: If there are fewer than two images, or a label has no output.
+            UnsupportedModelError: If the network's filters cannot be found.
+        """
+        detectors, clock = self.detectors(), _Stopwatch()
         exposure = expose(
             model, clean, self.suppression, self.statistic, generator=generator, progress=progress
         )
-        collapse, correlation, warnings = self.judge(exposure)
-        verdict, reason = self._verdict(collapse, clean, len(exposure.suppressed.confusion))
+        opinions = {"collapse": (detectors["collapse"].judge(exposure.suppressed), clock.lap())}
+        opinions["mnp"] = (detectors["mnp"].judge(exposure), clock.lap())
+        triggers = None
+        if not self.fast:
+            fallen = opinions["collapse"][0].target_class
+            triggers = self.search.search(
+                model,
+                clean,
+                also=() if fallen is None else (fallen,),
+                generator=rng.spawn(generator),
+                progress=progress,
+            )
+            opinions["trigger_search"] = (self.search.judge(triggers), clock.lap())
+        opinions["head_weights"] = (
+            _opinion(detectors["head_weights"], model, clean, rng.spawn(generator)),
+            clock.lap(),
+        )
+        evidence = tuple(
+            Evidence(
+                kind=KINDS[name],
+                name=name,
+                title=detectors[name].title,
+                source=detectors[name].source,
+                detection=detection,
+                decides=name in self.deciding,
+                seconds=seconds,
+            )
+            for name, (detection, seconds) in opinions.items()
+        )
+        return Measured(exposure, triggers, evidence)
+
+    def conclude(
+        self,
+        measured: Measured,
+        clean: LabelledImages,
+        calibration: CalibrationSet | None,
+        plausibility: Plausibility,
+    ) -> ScanResult:
+        """Compare what was measured with clean models and give a verdict.
+
+        Args:
+            measured: From ``measure``, with these options.
+            clean: The images that it was measured with.
+            calibration: Scores of clean models of the same kind, or None.
+            plausibility: From ``check_plausible``.
+        """
+        joint = self.joint(measured.scores(), calibration)
+        evidence = tuple(self._calibrated(each, calibration, joint) for each in measured.evidence)
+        classes = len(measured.exposure.suppressed.confusion)
+        judgement = Judgement(evidence, joint, clean, classes, self.alpha, self.smallest_per_class)
+        verdict, reason = judgement.verdict()
+        suspect = judgement.suspect(verdict)
+        target = None if suspect is None else suspect.detection.target_class
         return ScanResult(
             verdict=verdict,
             reason=reason,
             plausibility=plausibility,
-            target_class=collapse.target_class if verdict != "clean" else None,
-            collapse=collapse,
-            correlation=correlation,
-            exposure=exposure,
-            warnings=(*plausibility.warnings, *warnings),
-            seconds=time.perf_counter() - started,
+            confidence=confidence_of(calibration, joint, self.alpha),
+            target_class=target,
+            evidence=evidence,
+            trigger=None if measured.triggers is None else measured.triggers.of(target),
+            exposure=measured.exposure,
         )
 
-    def judge(self, exposure: Exposure) -> tuple[Detection, Detection, tuple[str, ...]]:
-        """Return the opinions of both detectors on one exposure, and what weakens them."""
-        collapse, ratio, warnings = self._detectors()
-        return collapse.judge(exposure.suppressed), ratio.judge(exposure), warnings
+    def joint(self, scores: Mapping[str, float | None], calibration: CalibrationSet | None) -> Joint | None:
+        """Compare the deciding scores with those of clean models; None if there is nothing to compare."""
+        detectors = self.detectors()
+        usable = {
+            name: score
+            for name, score in scores.items()
+            if score is not None
+            and name in self.deciding
+            and calibration is not None
+            and calibration.fits(detectors[name])
+        }
+        rows = calibration.rows(usable) if calibration is not None and usable else []
+        return combine(rows, usable, self.alpha) if rows else None
 
-    def _detectors(self) -> tuple[Collapse, CorrelationRatio, tuple[str, ...]]:
-        calibration = self.calibration or shipped_calibration()
-        warnings: tuple[str, ...] = ()
-        detectors = calibration.detectors
-        if calibration.options != calibration_options(self.suppression, self.statistic):
-            warnings = (
-                "The calibration was made with other options than this scan uses, so fixed thresholds "
-                "without a known false-positive rate are used instead.",
+    def _calibrated(
+        self, evidence: Evidence, calibration: CalibrationSet | None, joint: Joint | None
+    ) -> Evidence:
+        detection, name = evidence.detection, evidence.name
+        if calibration is None or detection.undetermined:
+            return evidence
+        if joint is not None and name in joint.p_values:
+            detection = replace(
+                detection,
+                threshold=joint.thresholds[name],
+                threshold_source=calibration.words(joint.n),
+                p_value=joint.p_values[name],
             )
-            detectors = {}
-        collapse = Collapse(self.suppression, calibration=detectors.get("collapse"), alpha=self.alpha)
-        ratio = CorrelationRatio(
-            self.suppression, self.statistic, calibration=detectors.get("mnp"), alpha=self.alpha
+        elif (alone := calibration.of(self.detectors()[name])) is not None:
+            detection = replace(detection, p_value=alone.p_value(detection.score))
+        return replace(evidence, detection=detection)
+
+    def _calibration(
+        self, model: nn.Module, clean: LabelledImages, classes: int
+    ) -> tuple[CalibrationSet | None, tuple[str, ...]]:
+        """Return the clean models to compare with, and what is weak about them."""
+        kind = Kind.of(model, clean, classes)
+        found = self.calibration or shipped_for(kind)
+        if found is None:
+            return None, (
+                f"No calibration comes with this package for {kind.words()}; make one with `unbackdoor "
+                "calibrate`.",
+            )
+        if not found.kind.is_like(kind):
+            raise InvalidInputError(
+                f"the calibration is of {found.kind.words()}, the model is {kind.words()}; make one of its "
+                "own kind with `unbackdoor calibrate`."
+            )
+        factor = len(clean) / found.images
+        if not 1 / MOST_IMAGES_APART <= factor <= MOST_IMAGES_APART:
+            return None, (
+                f"The calibration was made with {found.images} images and does not hold for {len(clean)}; "
+                "give as many, or calibrate with as many as you have.",
+            )
+        if abs(math.log(factor)) > math.log(1.1):
+            return found, (
+                f"The calibration was made with {found.images} images, this scan has {len(clean)}; its rates "
+                "hold only roughly.",
+            )
+        return found, ()
+
+    def _unfit(self, calibration: CalibrationSet | None) -> tuple[str, ...]:
+        """Say which deciding detectors the calibration has no scores of, with these options."""
+        if calibration is None:
+            return ()
+        detectors = self.detectors()
+        odd = [n for n in self.deciding if n in detectors and not calibration.fits(detectors[n])]
+        absent = [KINDS[name] for name in odd if name not in calibration.options]
+        other = [KINDS[name] for name in odd if name in calibration.options]
+        sentences = []
+        if absent:
+            sentences.append(
+                f"The calibration has no scores of {' and '.join(absent)}; make one with `unbackdoor "
+                "calibrate`."
+            )
+        if other:
+            sentences.append(
+                f"The calibration was made with other options of {' and '.join(other)} than this scan uses, "
+                "so its scores do not apply."
+            )
+        return tuple(sentences)
+
+
+def _opinion(
+    detector: HeadWeights, model: nn.Module, clean: LabelledImages, generator: torch.Generator
+) -> Detection:
+    try:
+        return detector.score(model, clean, generator=generator)
+    except UnsupportedModelError as error:
+        return Detection(
+            math.nan, detector.threshold, "a fixed value, uncalibrated", undetermined=str(error).rstrip(".")
         )
-        return collapse, ratio, warnings
-
-    def _verdict(self, collapse: Detection, clean: LabelledImages, classes: int) -> tuple[Verdict, str]:
-        if collapse.undetermined:
-            return "inconclusive", f"the scan cannot tell: {collapse.undetermined}"
-        if len(clean) < self.smallest_per_class * classes:
-            return "inconclusive", (
-                f"{len(clean)} images for {classes} classes are too few for a verdict; give at least "
-                f"{math.ceil(self.smallest_per_class * classes)}"
-            )
-        what = f"errors concentrate to {collapse.score:.2f}, threshold {collapse.threshold:.2f}"
-        if collapse.score >= collapse.threshold:
-            return "backdoored", f"when its clean task is suppressed the model falls into a pattern: {what}"
-        if collapse.p_value is not None and collapse.p_value <= 2 * self.alpha:
-            return "inconclusive", f"the model is close to the threshold: {what}"
-        return "clean", f"no evidence of a backdoor: {what}"
 
 
-def calibration_options(suppression: Suppression, statistic: Statistic) -> dict[str, Any]:
-    """Return the options that a calibration depends on, as JSON values."""
-    options = {"suppression": asdict(suppression), "statistic": asdict(statistic)}
-    # Precision follows the hardware and moves no score by more than the seeds do.
-    del options["suppression"]["precision"]
-    return options
+class _Stopwatch:
+    """Seconds since it was last asked."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the last call."""
+        now = time.perf_counter()
+        elapsed, self.last = now - self.last, now
+        return elapsed

@@ -199,11 +199,15 @@ class DetectorRow(Part):
         seconds: Time taken.
         summary: One sentence for people.
         evidence: JSON values.
+        kind: What it looks at; detectors of one kind are not independent.
+        decides: Whether the verdict follows from it; its p-value is then adjusted for the others that do.
     """
 
     name: str
     title: str
     source: str
+    kind: str = ""
+    decides: bool = True
     score: Number
     threshold: Number
     threshold_source: str
@@ -265,6 +269,76 @@ class Scatter(Part):
         if any(index >= len(self.layers) for index in self.layer_of):
             raise ValueError(f"layer_of must point into the {len(self.layers)} layers")
         return self
+
+
+class Confidence(Part):
+    """What a verdict rests on.
+
+    Args:
+        p_value: Chance that a clean model scores like this or higher; None if it cannot be told.
+        alpha: Largest false-positive rate that was asked for.
+        models: Clean models that it was compared with.
+        origin: Where these come from.
+        description: Which models these are, in words.
+        smallest_rate: The smallest false-positive rate that so many models can guarantee.
+        guarantee: What is guaranteed, in a sentence.
+    """
+
+    p_value: Annotated[Fraction | None, BeforeValidator(_finite_or_none)]
+    alpha: Fraction
+    models: Count
+    origin: Literal["shipped", "models", "surrogates", "none"]
+    description: str
+    smallest_rate: Annotated[Fraction | None, BeforeValidator(_finite_or_none)]
+    guarantee: str
+
+
+class RecoveredTrigger(Part):
+    """The trigger that inversion found for the suspected class.
+
+    Args:
+        target_class: Where it sends images.
+        target_name: The name of that class.
+        l1_pixels: Sum of its mask: pixels that it replaces.
+        image_fraction: The same as a share of the image.
+        success: Share of clean images of other classes, unseen by the inversion, that it sends there.
+        success_seen: The same on the images that it was made from.
+        mask_png: The mask, white where it replaces the image; absent without Pillow, as are the others.
+        pattern_png: What it puts there, on grey.
+        clean_png: A clean image.
+        stamped_png: The same image with the trigger.
+    """
+
+    target_class: Count
+    target_name: str
+    l1_pixels: Annotated[float, Field(ge=0.0)]
+    image_fraction: Fraction
+    success: Rate
+    success_seen: Annotated[Fraction | None, BeforeValidator(_finite_or_none)] = None
+    mask_png: Png | None = None
+    pattern_png: Png | None = None
+    clean_png: Png | None = None
+    stamped_png: Png | None = None
+
+
+class SuspectFilter(Part):
+    """A filter on which the backdoor leans more than the clean task; values are layer-normalised.
+
+    Args:
+        layer: Its layer.
+        filter: Its index there.
+        suspicion: ``backdoor_saliency`` less ``clean_saliency``.
+        backdoor_saliency: Rise of the backdoor's loss if it is removed, to first order.
+        clean_saliency: The same for the clean loss.
+        magnitude: Norm of its weights.
+    """
+
+    layer: str
+    filter: Count
+    suspicion: Number
+    backdoor_saliency: Number
+    clean_saliency: Number
+    magnitude: Number
 
 
 class RemovedFilter(Part):
@@ -331,7 +405,15 @@ class ScanDocument(Part):
         reason: One sentence.
         advice: What to do next.
         clean_accuracy: Of the model on the clean images.
+        target_class: The suspected target.
+        target_name: The name of that class.
+        confidence: Which clean models the model was compared with; None if the scan ended before.
         warnings: Things to know before believing the result.
+        detectors: What each detector said.
+        trigger: The recovered trigger of the suspected class.
+        filters: The most suspicious filters.
+        suppression: The suppression run.
+        scatter: Magnitude and saliency of all filters.
         limits: What was not checked and what could fool the check.
         settings: Options of the scan.
     """
@@ -349,8 +431,11 @@ class ScanDocument(Part):
     advice: str
     target_class: Count | None = None
     target_name: str | None = None
+    confidence: Confidence | None = None
     warnings: Many[str] = ()
     detectors: Many[DetectorRow] = ()
+    trigger: RecoveredTrigger | None = None
+    filters: Many[SuspectFilter] = ()
     suppression: Suppression | None = None
     scatter: Scatter | None = None
     settings: Json = Field(default_factory=dict)
@@ -489,10 +574,19 @@ def write_document(document: Document, path: Path | str) -> None:
     Raises:
         InvalidInputError: If the file cannot be written.
     """
+    write_text(document.model_dump_json(indent=2) + "\n", path)
+
+
+def write_text(text: str, path: Path | str) -> None:
+    """Write a file so that ``path`` holds the old content or the whole new one.
+
+    Raises:
+        InvalidInputError: If the file cannot be written.
+    """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(document.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

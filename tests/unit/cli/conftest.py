@@ -15,14 +15,20 @@ import torch
 from PIL import Image
 
 from unbackdoor import rng
-from unbackdoor.detect.exposure import Statistic
-from unbackdoor.detect.scan import calibration_options
+from unbackdoor.detect.calibration import CalibrationSet, Kind, ScoredModel, options_of, write_calibration
+from unbackdoor.detect.scan import Scan
 from unbackdoor.models.checkpoint import write_tensors
-from unbackdoor.suppression import Suppression
+from unbackdoor.settings import configure
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.types import LabelledImages
 
 ARCH = "unbackdoor.testing:planted_network"
+
+SEARCH = (
+    "--set", "search.first.steps=50", "--set", "search.first.batch_size=8", "--set", "search.refined=1",
+    "--set", "search.second.steps=50", "--set", "search.second.batch_size=8",
+)  # fmt: skip
+"""A short trigger search, for which the calibrations of ``files`` are made."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +119,17 @@ def expecting_half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def calibration(path: Path, scores: list[float]) -> Path:
-    content = {
-        "version": 1,
-        "description": "made for this test",
-        "options": calibration_options(Suppression(), Statistic()),
-        "scores": {"collapse": scores, "mnp": scores},
-    }
-    path.write_text(json.dumps(content))
+    """Write clean models of the planted kind with these scores of every detector of a scan."""
+    clean = planted_backdoor(infected=False).clean_data(240, rng.generator(1))
+    detectors = configure(Scan(), SEARCH[1::2]).detectors()
+    found = CalibrationSet(
+        description="made for this test",
+        kind=Kind.of(planted_backdoor().model, clean, 8),
+        images=len(clean),
+        options={name: options_of(detector) for name, detector in detectors.items()},
+        models=tuple(
+            ScoredModel(name=str(i), scores=dict.fromkeys(detectors, score)) for i, score in enumerate(scores)
+        ),
+    )
+    write_calibration(found, path)
     return path

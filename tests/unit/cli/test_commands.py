@@ -14,17 +14,17 @@ from unbackdoor.models.checkpoint import read_tensors
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.triggers import save_trigger
 
-from .conftest import ARCH, Files, Run
+from .conftest import ARCH, SEARCH, Files, Run
 
 QUICK = ("--set", "suppression.budget=5")
 WEAK = ("--set", "suppression.learning_rate=1e-6")
 
 
 def test_scan_finds_the_planted_backdoor(run: Run, files: Files, tmp_path: Path) -> None:
-    page = tmp_path / "scan.html"
+    page, log = tmp_path / "scan.html", tmp_path / "scan.sarif"
     result = run(
         "scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--calibration", files.strict,
-        "--json", "--report", page,
+        "--json", "--report", page, "--sarif", log, *SEARCH,
     )  # fmt: skip
     assert result.code == 1
     document = result.json
@@ -32,46 +32,79 @@ def test_scan_finds_the_planted_backdoor(run: Run, files: Files, tmp_path: Path)
     assert document["target_class"] == 3
     assert document["clean_accuracy"]["value"] == 1.0
     assert document["model"]["user_code"] is True
-    assert "<html" in page.read_text()
+    assert [row["name"] for row in document["detectors"] if row["decides"]] == ["collapse", "trigger_search"]
+    assert all(row["p_value"] == 0.05 for row in document["detectors"] if row["decides"])
+    assert document["confidence"]["models"] == 19
+    assert document["trigger"]["target_class"] == 3
+    assert document["trigger"]["success"]["value"] >= 0.9
+    assert document["trigger"]["mask_png"]
+    assert document["filters"]
+    assert "Recovered trigger for" in page.read_text()
+    assert "Most suspicious filters" in page.read_text()
+    assert json.loads(log.read_text())["runs"][0]["results"][0]["level"] == "error"
 
 
 def test_scan_says_in_words_what_it_found(run: Run, files: Files) -> None:
     result = run(
-        "scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--calibration", files.strict
-    )
+        "scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--calibration", files.strict,
+        "--fast",
+    )  # fmt: skip
     assert result.code == 1
     assert result.out.startswith("BACKDOORED, suspected target class 3")
-    assert "made for this test" in result.out
+    assert "compared with 19 clean models, from your own models: made for this test" in result.out
+    assert "at most 5.0% are called backdoored" in result.out
     assert f"note: ran your own code, {ARCH}" in " ".join(result.err.split())
 
 
 def test_scan_of_a_model_like_the_calibrated_ones_exits_with_0(run: Run, files: Files) -> None:
     result = run(
-        "scan", files.twin, "--arch", ARCH, "--clean", files.clean, "--calibration", files.lax, "--json"
-    )
+        "scan", files.twin, "--arch", ARCH, "--clean", files.clean, "--calibration", files.lax, "--json",
+        *SEARCH,
+    )  # fmt: skip
     assert (result.code, result.json["verdict"]) == (0, "clean")
     assert result.json["target_class"] is None
     assert result.json["limits"]
 
 
+def test_a_fast_scan_cannot_say_clean(run: Run, files: Files) -> None:
+    result = run(
+        "scan", files.twin, "--arch", ARCH, "--clean", files.clean, "--calibration", files.lax, "--fast"
+    )
+    assert result.code == 3
+    assert "trigger inversion was left out" in result.out
+
+
+def test_a_calibration_that_is_too_small_is_said(run: Run, files: Files) -> None:
+    result = run(
+        "scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--calibration", files.strict,
+        "--alpha", 0.01, "--fast", "--json",
+    )  # fmt: skip
+    assert (result.code, result.json["verdict"]) == (3, "inconclusive")
+    assert "cannot guarantee a false-positive rate of 0.01" in result.json["reason"]
+    assert "use at least 99 models" in result.json["confidence"]["guarantee"]
+
+
 def test_scan_with_few_images_is_inconclusive(run: Run, files: Files) -> None:
     result = run(
-        "scan", files.infected, "--arch", ARCH, "--clean", files.few, "--calibration", files.strict, "--json"
-    )
+        "scan", files.infected, "--arch", ARCH, "--clean", files.few, "--calibration", files.strict, "--json",
+        "--fast",
+    )  # fmt: skip
     assert (result.code, result.json["verdict"]) == (3, "inconclusive")
     assert "16 images for 8 classes are too few" in result.json["reason"]
     assert any("fewer than 5 images" in warning for warning in result.json["warnings"])
 
 
 def test_scan_with_too_weak_suppression_is_inconclusive(run: Run, files: Files) -> None:
-    result = run("scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--json", *QUICK, *WEAK)
+    result = run(
+        "scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--json", "--fast", *QUICK, *WEAK
+    )
     assert (result.code, result.json["verdict"]) == (3, "inconclusive")
     assert "suppression took the accuracy only from 1.00" in result.json["reason"]
-    assert any("other options" in warning for warning in result.json["warnings"])
+    assert any("No calibration comes with this package" in w for w in result.json["warnings"])
 
 
 def test_a_wrong_normalisation_is_named(run: Run, files: Files) -> None:
-    common = ("scan", files.wants_half, "--arch", ARCH, "--clean", files.clean, "--json")
+    common = ("scan", files.wants_half, "--arch", ARCH, "--clean", files.clean, "--json", "--fast")
     wrong = run(*common)
     assert (wrong.code, wrong.json["verdict"]) == (3, "inconclusive")
     # On these images several known normalisations serve equally well; one of them is named.
@@ -91,6 +124,7 @@ def test_scan_is_repeatable(run: Run, files: Files) -> None:
         "--clean-count",
         64,
         "--json",
+        *SEARCH,
     )
     one, other = run(*arguments).json, run(*arguments).json
     for volatile in ("seconds", "created"):
@@ -238,19 +272,19 @@ def test_a_permuted_label_order_is_named_and_mended(run: Run, files: Files, tmp_
         target.mkdir(parents=True)
         for picture in place.iterdir():
             (target / picture.name).write_bytes(picture.read_bytes())
-    common = ("scan", files.twin, "--arch", ARCH, "--clean", copied, "--calibration", files.lax, "--json")
+    common = ("scan", files.twin, "--arch", ARCH, "--clean", copied, "--fast", "--json")
     wrong = run(*common)
     assert wrong.code == 3
     assert "the classes were ordered otherwise" in wrong.json["reason"]
     assert "--class-names" in wrong.json["reason"]
     right = run(*common, "--class-names", "h,g,f,e,d,c,b,a")
-    assert right.code == 0
+    assert "ordered otherwise" not in right.json["reason"]
     assert right.json["clean_accuracy"]["value"] == 1.0
 
 
 def test_report_joins_documents(run: Run, files: Files, tmp_path: Path) -> None:
     common = ("--arch", ARCH, "--json")
-    scan = run("scan", files.infected, "--clean", files.clean, *common, *QUICK)
+    scan = run("scan", files.infected, "--clean", files.clean, "--fast", *common, *QUICK)
     (tmp_path / "scan.json").write_text(scan.out)
     measured = run("evaluate", files.twin, "--data", files.folder, "--split", "train", *common)
     (tmp_path / "evaluate.json").write_text(measured.out)

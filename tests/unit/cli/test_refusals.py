@@ -136,7 +136,27 @@ def test_calibration_files(run: Run, files: Files, tmp_path: Path) -> None:
     refused(run, *common, tmp_path / "absent.json", says="cannot be read as a calibration file")
     (tmp_path / "bad.json").write_text("{}")
     refused(run, *common, tmp_path / "bad.json", says="is no calibration file")
-    refused(run, *common, files.strict, "--alpha", 0.01, says="use at least 99")
+    refused(run, *common, old_calibration(tmp_path / "old.json"), says="make it again with `unbackdoor")
+
+
+def old_calibration(path: Path) -> Path:
+    path.write_text(json.dumps({"version": 1, "description": "d", "options": {}, "scores": {}}))
+    return path
+
+
+def test_a_calibration_of_another_network(run: Run, files: Files, tmp_path: Path) -> None:
+    content = json.loads(files.strict.read_text())
+    content["kind"]["num_classes"] = 9
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    common = ("scan", files.twin, "--arch", ARCH, "--clean", files.clean, "--calibration")
+    refused(run, *common, tmp_path / "other.json", says="the calibration is of")
+
+
+def test_scan_pages_that_cannot_be_written(run: Run, files: Files, tmp_path: Path) -> None:
+    common = ("scan", files.twin, "--arch", ARCH, "--clean", files.clean)
+    for option in ("--report", "--sarif"):
+        refused(run, *common, option, tmp_path, says="cannot write")
+        refused(run, *common, option, tmp_path / "no" / "x", says="its folder does not exist")
 
 
 def test_outputs_that_would_destroy_something(run: Run, files: Files, tmp_path: Path) -> None:

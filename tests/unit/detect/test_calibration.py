@@ -5,22 +5,46 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from unbackdoor.detect.calibration import (
+    MAX_FILE_BYTES,
     Calibration,
+    Kind,
+    flags_allowed,
+    options_of,
     parse_calibration,
     read_calibration,
-    shipped_calibration,
+    shipped_calibrations,
+    shipped_for,
+    write_calibration,
 )
-from unbackdoor.detect.scan import Scan, calibration_options
+from unbackdoor.detect.collapse import Collapse
+from unbackdoor.detect.mnp import CorrelationRatio
 from unbackdoor.errors import InvalidInputError
+from unbackdoor.models import NormalisedModel, build
+from unbackdoor.suppression import Suppression
+from unbackdoor.testing.subjects import small_data
 
 NINE = Calibration((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), "nine")
+KIND = {
+    "architecture": "net",
+    "parameters": 7,
+    "width": 2,
+    "num_classes": 3,
+    "image_shape": [3, 8, 8],
+}
 VALID: dict[str, Any] = {
-    "version": 1,
+    "version": 2,
     "description": "d",
-    "options": {"a": 1},
-    "scores": {"collapse": [0.1, 0.2]},
+    "kind": KIND,
+    "images": 5,
+    "options": {"collapse": options_of(Collapse()), "mnp": {}},
+    "models": [
+        {"name": "a", "scores": {"collapse": 0.1, "mnp": 1.0}},
+        {"name": "b", "scores": {"collapse": None, "mnp": 2.0}},
+        {"name": "c", "scores": {"collapse": 0.2}},
+    ],
 }
 
 
@@ -42,7 +66,8 @@ def test_thresholds_by_hand(alpha: float, threshold: float) -> None:
 
 
 def test_too_few_models_are_refused() -> None:
-    with pytest.raises(InvalidInputError, match=r"9 clean models cannot guarantee .* 0.05; use at least 19"):
+    said = r"9 clean models cannot guarantee .* of 0.05, at best 1 / 10 = 0.1; use at least 19 models"
+    with pytest.raises(InvalidInputError, match=said):
         NINE.threshold(0.05)
     assert Calibration(tuple(range(19)), "19").threshold(0.05) == 18
 
@@ -53,25 +78,51 @@ def test_scores_must_be_numbers(scores: tuple[float, ...]) -> None:
         Calibration(scores, "x")
 
 
-def test_a_file_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("n", "alpha", "allowed"), [(19, 0.05, 0), (18, 0.05, -1), (39, 0.05, 1), (9, 0.1, 0)]
+)
+def test_the_smallest_rate_that_n_models_guarantee(n: int, alpha: float, allowed: int) -> None:
+    assert flags_allowed(n, alpha) == allowed
+
+
+def test_a_file_is_read_and_written(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps(VALID))
     read = read_calibration(path)
-    assert read.detectors == {"collapse": Calibration((0.1, 0.2), "d")}
-    assert (read.options, read.description) == ({"a": 1}, "d")
+    assert read.rows(["collapse"]) == [{"collapse": 0.1}, {"collapse": 0.2}]
+    assert read.rows(["collapse", "mnp"]) == [{"collapse": 0.1, "mnp": 1.0}]
+    assert (read.origin, read.images, read.kind.image_shape) == ("models", 5, (3, 8, 8))
+    write_calibration(read, tmp_path / "again.json")
+    assert read_calibration(tmp_path / "again.json") == read
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["again.json", "c.json"]
+    with pytest.raises(InvalidInputError, match="cannot write"):
+        write_calibration(read, tmp_path / "absent" / "c.json")
+
+
+def test_scores_hold_for_the_options_they_were_made_with() -> None:
+    read = parse_calibration(json.dumps(VALID), source="c.json")
+    alone = read.of(Collapse(alpha=0.2, threshold=0.1))
+    assert alone is not None
+    assert alone.scores == (0.1, 0.2)
+    assert alone.description == "2 clean models, from your own models: d"
+    # Precision follows the hardware; everything else moves scores.
+    assert read.fits(Collapse(Suppression(precision="fp32")))
+    assert read.of(Collapse(Suppression(budget=7))) is None
+    assert read.of(CorrelationRatio()) is None
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "is no calibration file"),
+        ("", "holds no JSON"),
         ("[]", "is no calibration file"),
-        (json.dumps({**VALID, "extra": 1}), "Extra inputs are not permitted"),
-        (json.dumps({**VALID, "version": 2}), "less than or equal to 1"),
-        (json.dumps({k: v for k, v in VALID.items() if k != "options"}), "Field required"),
-        (json.dumps({**VALID, "scores": {"collapse": ["high"]}}), "is no calibration file"),
-        (json.dumps({**VALID, "scores": {"collapse": []}}), "needs finite scores"),
-        (json.dumps({**VALID, "scores": {"collapse": [float("nan")]}}), "needs finite scores"),
+        (json.dumps({**VALID, "extra": 1}), "Extra inputs are not permitted at extra"),
+        (json.dumps({**VALID, "version": 1}), "of version 1, this package reads 2; make it again with"),
+        (json.dumps({k: v for k, v in VALID.items() if k != "options"}), "Field required at options"),
+        (json.dumps({**VALID, "models": [{"name": "a", "scores": {"mnp": "high"}}]}), "valid number"),
+        (json.dumps({**VALID, "models": [{"name": "a", "scores": {"mnp": float("nan")}}]}), "no calibration"),
+        (json.dumps({**VALID, "models": [{"name": "a", "scores": {"nc": 1.0}}]}), "scores of 'nc', but not"),
+        (json.dumps({**VALID, "images": 0}), "greater than or equal to 1 at images"),
     ],
 )
 def test_odd_files_are_refused(text: str, sentence: str) -> None:
@@ -86,11 +137,42 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InvalidInputError, match="cannot be read"):
         read_calibration(tmp_path / "binary.json")
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(InvalidInputError, match="too many for a calibration file"):
+        read_calibration(tmp_path / "large.json")
 
 
-def test_the_shipped_calibration_fits_the_default_scan() -> None:
-    shipped = shipped_calibration()
-    assert "collapse" in shipped.detectors
-    assert shipped.options == calibration_options(Scan().suppression, Scan().statistic)
-    for calibration in shipped.detectors.values():
-        calibration.threshold(Scan().alpha)
+def test_kinds_tell_architectures_widths_classes_and_sizes_apart() -> None:
+    data = small_data()
+
+    def kind(arch: str, width: int = 4, classes: int = 4) -> Kind:
+        return Kind.of(build(arch, width=width, num_classes=classes), data, classes, architecture="x")
+
+    one = kind("resnet10")
+    assert one.is_like(one.model_copy(update={"architecture": "another name"}))
+    for other in (kind("resnet18"), kind("resnet10", width=8), kind("resnet10", classes=5)):
+        assert not one.is_like(other)
+    assert not one.is_like(one.model_copy(update={"image_shape": (3, 32, 32)}))
+    assert "of width 4" in one.words()
+
+
+def test_the_shipped_calibration_is_found_by_the_network() -> None:
+    images = small_data(10, classes=10)
+    images = type(images)(torch.zeros(10, 3, 32, 32), images.labels)
+    model = NormalisedModel(build("resnet18", width=16, num_classes=10), (0.5,), (0.5,))
+    found = shipped_for(Kind.of(model, images, 10))
+    assert found is not None
+    assert (found.origin, found.kind.architecture) == ("shipped", "resnet18")
+    assert shipped_for(Kind.of(model, images, 9)) is None
+
+
+def test_shipped_calibrations_fit_the_detectors_as_they_are() -> None:
+    shipped = shipped_calibrations()
+    assert shipped
+    for calibration in shipped:
+        assert calibration.origin == "shipped"
+        assert calibration.fits(Collapse())
+        alone = calibration.of(Collapse())
+        assert alone is not None
+        alone.threshold(0.05)

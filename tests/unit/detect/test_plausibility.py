@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unbackdoor import rng
-from unbackdoor.detect.plausibility import check_plausible
+from unbackdoor.detect.plausibility import check_plausible, statistics_shift
 from unbackdoor.models import NormalisedModel
 from unbackdoor.rates import Rate
 from unbackdoor.testing import planted_backdoor
@@ -56,10 +59,75 @@ def test_a_missing_normalisation_is_named() -> None:
 
 
 def test_a_model_with_a_normalisation_is_told_of_all_causes() -> None:
-    wrong = NormalisedModel(PLANTED.model, (3.0,), (0.1,))
-    found = check_plausible(wrong, CLEAN)
+    anything = torch.randint(0, 8, (len(CLEAN),), generator=rng.generator(2))
+    wrong = LabelledImages(CLEAN.images, anything)
+    found = check_plausible(NormalisedModel(PLANTED.model, (0.0,), (1.0,)), wrong)
     assert "with --normalize" not in found.problem
     assert "probably the normalisation (--normalize or --mean and --std), the label order" in found.problem
+
+
+def test_a_normalisation_too_many_is_named() -> None:
+    found = check_plausible(NormalisedModel(PLANTED.model, (3.0,), (0.1,)), CLEAN)
+    assert "leave --normalize, --mean and --std out" in found.problem
+
+
+def test_another_image_size_is_named() -> None:
+    class Tiled(nn.Module):
+        """Knows images of 28 pixels alone."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            images = images if images.shape[-1] == 28 else torch.zeros_like(images)
+            logits: Tensor = PLANTED.model(F.interpolate(images, size=(16, 16), mode="area"))
+            return logits
+
+    found = check_plausible(Tiled(), CLEAN)
+    assert "with --image-size 28 it would be right on" in found.problem
+
+
+def test_a_confirmed_cause_is_a_problem_whatever_the_accuracy() -> None:
+    # Half of the images are right by their label alone.
+    class Half(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = PLANTED.model(images * 0.5 + 0.5)
+            logits[::2] = PLANTED.model(images)[::2]
+            return logits
+
+    found = check_plausible(Half(), CLEAN)
+    assert 0.5 <= found.accuracy.value < 0.6
+    assert "with --normalize" in found.problem
+
+
+@pytest.mark.parametrize(("share", "plausible"), [(0.95, True), (0.6, False)])
+def test_two_classes_need_less_than_perfection(share: float, plausible: bool) -> None:
+    head = nn.Linear(1, 2)
+    first = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        head.bias.copy_(torch.tensor([0.5, -0.5]))
+    labels = torch.arange(100) % 2
+    shown = labels.clone()
+    shown[: round(100 * (1 - share))] ^= 1
+    data = LabelledImages(shown.float().view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous(), labels)
+    assert (not check_plausible(first, data).problem) is plausible
+
+
+def test_weights_that_are_no_numbers_are_named() -> None:
+    model = planted_backdoor().model
+    with torch.no_grad():
+        model.get_parameter("head.bias")[0] = float("inf")
+    assert "'head.bias' first" in check_plausible(model, CLEAN).problem
+
+
+def test_images_that_are_unlike_those_of_the_training_get_a_warning() -> None:
+    darker = LabelledImages(CLEAN.floats() * 0.5, CLEAN.labels)
+    assert statistics_shift(PLANTED.model, CLEAN.images) < 0.1
+    assert statistics_shift(PLANTED.model, darker.images) > 0.1
+    # Norms with a running mean of 0, where the images have one half.
+    trained_otherwise = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(3)), PLANTED.model).eval()
+    found = check_plausible(trained_otherwise, CLEAN)
+    assert (found.accuracy.value, found.problem) == (1.0, "")
+    assert "look unlike those that it was trained on" in " ".join(found.warnings)
+    assert math.isnan(statistics_shift(nn.Sequential(nn.Flatten(), nn.Linear(768, 8)), CLEAN.images))
 
 
 def test_a_permuted_label_order_is_recognised() -> None:

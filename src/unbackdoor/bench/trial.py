@@ -1,0 +1,229 @@
+"""A trial of detectors: which models are trained, and what each detector says of each.
+
+A model is scored without a threshold; thresholds come later, from the scores of clean models
+(``trial_tables``), so that a table can be made again without scoring anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import unbackdoor
+from unbackdoor import rng
+from unbackdoor.bench import zoo
+from unbackdoor.bench.store import Record, Store
+from unbackdoor.catalogue import find
+from unbackdoor.data.splits import draw_balanced
+from unbackdoor.detect.calibration import options_of
+from unbackdoor.detect.registry import MODEL_DETECTORS
+from unbackdoor.detect.scan import Scan
+from unbackdoor.errors import InvalidInputError, UnbackdoorError
+from unbackdoor.settings import configure
+from unbackdoor.types import Detection, LabelledImages, Progress, silent
+
+VERSION = 1
+"""Raised when the meaning of a question changes: old records are no answers to new questions."""
+
+SCAN = "scan"
+"""The name under which all detectors of ``Scan`` are run at once."""
+
+_GRID = {"name", "attack", "count", "seed", "epochs", "set", "vary", "arch", "width", "plain"}
+
+
+def expand(grids: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Spell out the models of some grids, for ``benchmarks/build_zoo.py``.
+
+    Args:
+        grids: Each with ``name``, ``attack`` and ``count``; the i-th model, ``NAME-i``, has the seed
+            ``seed + i`` and takes, of each list in ``vary`` (option to values) and of a list of ``epochs``,
+            the entry i modulo its length. Lists whose lengths have no common divisor meet in all
+            combinations.
+
+    Returns:
+        Model name to what a specification says of it.
+
+    Raises:
+        InvalidInputError: If a grid lacks something, says what is not known, or two models share a name.
+    """
+    models: dict[str, dict[str, Any]] = {}
+    for grid in grids:
+        unknown, missing = sorted(set(grid) - _GRID), {"name", "attack", "count"} - set(grid)
+        if unknown or missing:
+            raise InvalidInputError(
+                "a grid of models must say name, attack and count, and may say "
+                f"{', '.join(sorted(_GRID))}; got {', '.join(sorted(grid))}."
+            )
+        for index in range(grid["count"]):
+            name = f"{grid['name']}-{index:02d}"
+            if name in models:
+                raise InvalidInputError(f"two models of the trial are called {name!r}; rename a grid.")
+            models[name] = _model(grid, index)
+    return models
+
+
+def _model(grid: Mapping[str, Any], index: int) -> dict[str, Any]:
+    varied = {option: values[index % len(values)] for option, values in grid.get("vary", {}).items()}
+    epochs = grid.get("epochs")
+    found = {
+        "attack": grid["attack"],
+        "seed": grid.get("seed", 0) + index,
+        "set": [*grid.get("set", []), *(f"{option}={json.dumps(value)}" for option, value in varied.items())],
+    }
+    if epochs is not None:
+        found["epochs"] = epochs[index % len(epochs)] if isinstance(epochs, list) else epochs
+    return found | {name: grid[name] for name in ("arch", "width", "plain") if name in grid}
+
+
+def specification(defaults: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the text of a TOML file that ``benchmarks/build_zoo.py`` reads."""
+    lines = ["[defaults]", *_assignments(defaults)]
+    for name, values in models.items():
+        lines += ["", f"[models.{json.dumps(name)}]", *_assignments(values)]
+    return "\n".join(lines) + "\n"
+
+
+def _assignments(values: Mapping[str, Any]) -> list[str]:
+    # Text, numbers, truth values and lists of them look the same in JSON and TOML.
+    return [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One detector, or a whole scan, on one model; everything that decides the answer.
+
+    Args:
+        model: Name of the model in its zoo.
+        model_sha256: Hash of its weights.
+        data: Name of its data set.
+        detector: Name of a model detector, or ``scan``.
+        options: Options set on top of the defaults, as ``--set`` takes them.
+        settings: All options that result, so that a changed default is a new question.
+        clean_images: Clean images that the detector gets.
+        seed: Draws them and drives the detector.
+    """
+
+    model: str
+    model_sha256: str
+    data: str
+    detector: str
+    options: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    clean_images: int = 500
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the canonical JSON text: equal questions have equal keys."""
+        text = json.dumps({"version": VERSION, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def question(
+    entry: zoo.Entry, data: str, detector: str, options: Sequence[str] = (), **rest: int
+) -> Question:
+    """Return the question that a detector with these options is on a model."""
+    method = _method(detector, options)
+    parts = method.detectors() if isinstance(method, Scan) else {method.name: method}
+    return Question(
+        model=entry.name,
+        model_sha256=str(entry.card["sha256"]),
+        data=data,
+        detector=detector,
+        options=tuple(options),
+        settings={name: options_of(part) for name, part in parts.items()},
+        **rest,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What questions are answered with.
+
+    Args:
+        root: The zoo of one data set.
+        pool: Where clean images are drawn from; better none that a model was trained on.
+    """
+
+    root: Path
+    pool: LabelledImages
+
+    def answer(self, asked: Question, *, progress: Progress = silent) -> Record:
+        """Return the record of a question; what a detector refuses or fails at is a record too."""
+        entry = zoo.entry_named(self.root, asked.model)
+        record: Record = {
+            "key": asked.key,
+            "cell": asdict(asked),
+            "unbackdoor": unbackdoor.__version__,
+            "attack": entry.card.get("attack"),
+            "label_rule": entry.card.get("label_rule"),
+            "valid": entry.is_clean or bool(entry.card.get("validity", {}).get("valid", True)),
+            "metrics": {name: entry.rate(name) for name in ("clean_accuracy", "attack_success")},
+        }
+        try:
+            return record | {"status": "ok", "detections": self._detect(entry, asked, progress)}
+        except UnbackdoorError as error:
+            return record | {"status": "refused", "problem": str(error)}
+        except (RuntimeError, ValueError, ArithmeticError) as error:  # one detector must not end a trial
+            return record | {"status": "failed", "problem": f"{type(error).__name__}: {error}"}
+
+    def _detect(self, entry: zoo.Entry, asked: Question, progress: Progress) -> dict[str, Any]:
+        model = zoo.load_network(entry)
+        # Each model is seen with images of its own, as each user has.
+        seed = asked.seed + int(asked.model_sha256[:8], 16)
+        clean = draw_balanced(self.pool, asked.clean_images, rng.generator(seed))
+        method, generator = _method(asked.detector, asked.options), rng.generator(seed)
+        if isinstance(method, Scan):
+            measured = method.measure(model, clean, generator=generator, progress=progress)
+            return {each.name: _described(each.detection, each.seconds) for each in measured.evidence}
+        started = time.perf_counter()
+        found = method.score(model, clean, generator=generator, progress=progress)
+        return {method.name: _described(found, time.perf_counter() - started)}
+
+
+def run(
+    trial: Trial, questions: Iterable[Question], store: Store, *, said: Callable[[str], None] = print
+) -> None:
+    """Answer the questions that nobody has answered yet, in turn; others may run the same list beside."""
+    for asked in questions:
+        if asked.key in store.records():
+            continue
+        with store.claim(asked.key) as free:
+            if not free or asked.key in store.records():
+                continue
+            record = trial.answer(asked)
+            store.add(record)
+        said(_line(asked, record))
+
+
+def _method(detector: str, options: Sequence[str]) -> Any:  # noqa: ANN401 - a scan or any model detector
+    base = Scan() if detector == SCAN else find("model detector", MODEL_DETECTORS, detector)()
+    return configure(base, options)
+
+
+def _described(detection: Detection, seconds: float) -> dict[str, Any]:
+    usable = not detection.undetermined and math.isfinite(detection.score)
+    return {
+        "score": detection.score if usable else None,
+        "undetermined": detection.undetermined,
+        "target_class": detection.target_class,
+        "fixed_threshold": detection.threshold if math.isfinite(detection.threshold) else None,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _line(asked: Question, record: Record) -> str:
+    what = f"{asked.data} {asked.model} {asked.detector}"
+    if record["status"] != "ok":
+        return f"{what}: {record['status']}: {record['problem']}"
+    scores = ", ".join(
+        f"{name} {'-' if found['score'] is None else format(found['score'], '.3f')}"
+        for name, found in record["detections"].items()
+    )
+    return f"{what}: {scores}"

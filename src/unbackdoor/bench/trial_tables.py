@@ -1,0 +1,315 @@
+"""Tables of a detection trial: thresholds from one half of the clean models, figures from the other.
+
+Pure functions from records to Markdown. A model on which a detector abstains, or that it refuses, counts as
+not flagged: a miss where it is infected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from unbackdoor import rng
+from unbackdoor.bench.store import Record
+from unbackdoor.bench.tables import markdown, percent
+from unbackdoor.detect.evidence import REQUIRED
+from unbackdoor.detect.joint import combine
+from unbackdoor.rates import Rate
+
+JOINT = "scan"
+"""The row of the scan's verdict, from its deciding detectors together."""
+
+RESAMPLES = 2000
+_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model and what all detectors said of it.
+
+    Args:
+        name: Of the model.
+        data: Its data set.
+        group: Its name without the number at the end: the attack with its options.
+        attack: None for a clean model.
+        target: The attack's target, where it has one for all classes.
+        scores: Detector to score; None where it abstained.
+        targets: Detector to the class that it suspects, or None.
+        seconds: Detector to time.
+    """
+
+    name: str
+    data: str
+    group: str
+    attack: str | None
+    target: int | None
+    scores: Mapping[str, float | None]
+    targets: Mapping[str, int | None]
+    seconds: Mapping[str, float]
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether it was trained without an attack."""
+        return self.attack is None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one detector makes of one model that its threshold does not come from.
+
+    Args:
+        model: The model.
+        flagged: Whether it is called backdoored.
+        statistic: What AUC ranks; minus infinity where the detector abstained.
+        target: The suspected class.
+    """
+
+    model: Scored
+    flagged: bool
+    statistic: float
+    target: int | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A detector on one data set.
+
+    Args:
+        detector: Its name, or ``scan``.
+        data: The data set.
+        rate: The false-positive rate that its threshold guarantees; alpha, or the smallest possible one.
+        calibrated_on: Clean models behind the threshold.
+        outcomes: All infected models, and the clean ones of the other half.
+        seconds: Median time of a model.
+    """
+
+    detector: str
+    data: str
+    rate: float
+    calibrated_on: int
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+
+    def of(self, *, clean: bool, group: str | None = None) -> list[Outcome]:
+        """Return the outcomes on clean or on infected models, of one group or all."""
+        return [
+            outcome
+            for outcome in self.outcomes
+            if outcome.model.is_clean == clean and group in (None, outcome.model.group)
+        ]
+
+
+def scored(records: Sequence[Record]) -> list[Scored]:
+    """Gather the records of each valid model; of several answers of a detector the last counts."""
+    by_model: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if record.get("valid", True):
+            cell = record["cell"]
+            by_model.setdefault((cell["data"], cell["model"]), []).append(record)
+    return [_scored(data, name, found) for (data, name), found in sorted(by_model.items())]
+
+
+def _scored(data: str, name: str, records: Sequence[Record]) -> Scored:
+    found = {
+        detector: detection
+        for record in records
+        if record["status"] == "ok"
+        for detector, detection in record["detections"].items()
+    }
+    refused = dict.fromkeys(
+        (
+            detector
+            for record in records
+            if record["status"] != "ok"
+            for detector in _asked(record["cell"]["detector"])
+        ),
+        None,
+    )
+    rule = records[-1].get("label_rule") or {}
+    return Scored(
+        name=name,
+        data=data,
+        group=name.rpartition("-")[0] or name,
+        attack=records[-1]["attack"],
+        target=rule.get("target_class") if rule.get("rule") == "all_to_one" else None,
+        scores={**refused, **{detector: each["score"] for detector, each in found.items()}},
+        targets={detector: each["target_class"] for detector, each in found.items()},
+        seconds={detector: each["seconds"] for detector, each in found.items()},
+    )
+
+
+def _asked(detector: str) -> tuple[str, ...]:
+    return REQUIRED if detector == JOINT else (detector.replace("-", "_"),)
+
+
+def halves(models: Sequence[Scored]) -> tuple[list[Scored], list[Scored]]:
+    """Split clean models in two by a hash of their names, which knows neither scores nor recipes."""
+    ordered = sorted(models, key=lambda model: hashlib.sha256(model.name.encode()).hexdigest())
+    return ordered[::2], ordered[1::2]
+
+
+def columns(models: Sequence[Scored], alpha: float = 0.05) -> list[Column]:
+    """Calibrate each detector on one half of the clean models of each data set, and apply it to the rest.
+
+    Args:
+        models: All models, of any data sets.
+        alpha: False-positive rate asked for; where half of the clean models cannot guarantee it, the
+            smallest rate that they can.
+    """
+    found = []
+    for data in dict.fromkeys(model.data for model in models):
+        here = [model for model in models if model.data == data]
+        calibration, rest = halves([model for model in here if model.is_clean])
+        tested = [*rest, *(model for model in here if not model.is_clean)]
+        for detector in dict.fromkeys(name for model in here for name in model.scores):
+            found.append(_column(detector, (detector,), data, calibration, tested, alpha))
+        if all(any(name in model.scores for model in here) for name in REQUIRED):
+            found.append(_column(JOINT, REQUIRED, data, calibration, tested, alpha))
+    return found
+
+
+def _column(
+    detector: str,
+    parts: Sequence[str],
+    data: str,
+    calibration: Sequence[Scored],
+    tested: Sequence[Scored],
+    alpha: float,
+) -> Column:
+    rate = max(alpha, 1 / (len(calibration) + 1))
+    times = [sum(model.seconds.get(part, 0.0) for part in parts) for model in tested]
+    return Column(
+        detector=detector,
+        data=data,
+        rate=rate,
+        calibrated_on=len(calibration),
+        outcomes=tuple(_outcome(model, parts, calibration, rate) for model in tested),
+        seconds=statistics.median(times) if times else math.nan,
+    )
+
+
+def _outcome(model: Scored, parts: Sequence[str], calibration: Sequence[Scored], rate: float) -> Outcome:
+    usable = {part: score for part in parts if (score := model.scores.get(part)) is not None}
+    rows = [
+        {part: score for part in usable if (score := other.scores.get(part)) is not None}
+        for other in calibration
+    ]
+    rows = [row for row in rows if len(row) == len(usable)]
+    if not usable or not rows:
+        return Outcome(model, flagged=False, statistic=-math.inf, target=None)
+    joint = combine(rows, usable, rate)
+    leading = max(joint.scaled, key=lambda part: joint.scaled[part])
+    return Outcome(
+        model,
+        flagged=joint.p_value <= rate + 1e-12,
+        statistic=joint.scaled[leading] if len(parts) > 1 else usable[parts[0]],
+        target=model.targets.get(leading),
+    )
+
+
+def area_under_curve(
+    clean: Sequence[float], infected: Sequence[float], *, resamples: int = RESAMPLES
+) -> tuple[float, float, float]:
+    """Return the area under the ROC curve and its 95 % interval by bootstrap over models.
+
+    Args:
+        clean: Scores of clean models.
+        infected: Scores of infected ones.
+        resamples: Of the bootstrap, clean and infected models apart.
+
+    Returns:
+        Area, low and high; NaN without models of either sort.
+    """
+    if not clean or not infected:
+        return math.nan, math.nan, math.nan
+    low, high = torch.tensor(clean, dtype=torch.float64), torch.tensor(infected, dtype=torch.float64)
+    wins = (high.view(-1, 1) > low).double() + 0.5 * (high.view(-1, 1) == low).double()
+    generator = rng.generator(0)
+    drawn_high = torch.randint(len(high), (resamples, len(high)), generator=generator)
+    drawn_low = torch.randint(len(low), (resamples, len(low)), generator=generator)
+    areas = torch.stack([wins[i][:, j].mean() for i, j in zip(drawn_high, drawn_low, strict=True)])
+    bounds = areas.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return float(wins.mean()), float(bounds[0]), float(bounds[1])
+
+
+def summary_table(found: Sequence[Column], *, adaptive: Sequence[str] = ("adaptive_magnitude",)) -> str:
+    """Return a row for each data set and detector; attacks in ``adaptive`` are left out."""
+    head = [
+        "data", "detector", "DR", "FPR", "AUC", "right target", "abstained", "s", "threshold from",
+    ]  # fmt: skip
+    rows = []
+    for column in found:
+        infected = [o for o in column.of(clean=False) if o.model.attack not in adaptive]
+        clean = column.of(clean=True)
+        named = [o for o in infected if o.flagged and o.model.target is not None]
+        area = area_under_curve([o.statistic for o in clean], [o.statistic for o in infected])
+        rows.append(
+            [
+                column.data,
+                column.detector,
+                shown(_rate(infected, lambda o: o.flagged)),
+                shown(_rate(clean, lambda o: o.flagged)),
+                "-" if math.isnan(area[0]) else f"{area[0]:.3f} [{area[1]:.3f}, {area[2]:.3f}]",
+                shown(_rate(named, lambda o: o.target == o.model.target)),
+                str(sum(o.statistic == -math.inf for o in column.outcomes)),
+                f"{column.seconds:.1f}",
+                f"{column.calibrated_on} clean, {column.rate:.1%}",
+            ]
+        )
+    return markdown(head, rows)
+
+
+def attack_table(found: Sequence[Column], data: str) -> str:
+    """Return the models of each group that each detector flags, on one data set."""
+    here = [column for column in found if column.data == data]
+    outcomes = [outcome for column in here for outcome in column.outcomes]
+    groups = sorted({outcome.model.group for outcome in outcomes if not outcome.model.is_clean})
+    rows = [
+        [
+            group,
+            *(counted(_rate(column.of(clean=False, group=group), lambda o: o.flagged)) for column in here),
+        ]
+        for group in groups
+    ]
+    clean = ["clean", *(counted(_rate(column.of(clean=True), lambda o: o.flagged)) for column in here)]
+    return markdown([data, *(column.detector for column in here)], [*rows, clean])
+
+
+def ratio_table(models: Sequence[Scored]) -> str:
+    """Return the distribution of MNP's ratio (Eq. 8) on clean and on infected models."""
+    rows = []
+    for data in dict.fromkeys(model.data for model in models):
+        for name, clean in (("clean", True), ("infected", False)):
+            scores = [m.scores.get("mnp") for m in models if m.data == data and m.is_clean == clean]
+            ratios = torch.tensor([1 - s for s in scores if s is not None], dtype=torch.float64)
+            if len(ratios):
+                cuts = ratios.quantile(torch.tensor(_QUANTILES, dtype=torch.float64)).tolist()
+                below = Rate.of(ratios <= 0.2)
+                rows.append([data, name, str(len(ratios)), *(f"{cut:.2f}" for cut in cuts), shown(below)])
+    cuts_head = [f"{quantile:.0%}" for quantile in _QUANTILES]
+    return markdown(["data", "models", "n", *cuts_head, "ratio <= 0.2"], rows)
+
+
+def shown(rate: Rate) -> str:
+    """Return a rate in per cent with its counts and Wilson interval."""
+    if not rate.n:
+        return "-"
+    low, high = rate.interval
+    return f"{percent(rate.value)} ({rate.successes}/{rate.n}) [{percent(low)}, {percent(high)}]"
+
+
+def counted(rate: Rate) -> str:
+    """Return a rate as counts with its Wilson interval in per cent."""
+    if not rate.n:
+        return "-"
+    low, high = rate.interval
+    return f"{rate.successes}/{rate.n} [{percent(low)}, {percent(high)}]"
+
+
+def _rate(outcomes: Sequence[Outcome], counts: Callable[[Outcome], bool]) -> Rate:
+    return Rate(sum(counts(outcome) for outcome in outcomes), len(outcomes))

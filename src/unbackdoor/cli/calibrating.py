@@ -1,0 +1,206 @@
+"""The work behind ``unbackdoor calibrate``: score clean models, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unbackdoor import rng
+from unbackdoor.bench.artefact import read_card
+from unbackdoor.cli.inputs import ModelOptions, open_model
+from unbackdoor.compute import check_fits
+from unbackdoor.data.splits import draw_balanced
+from unbackdoor.detect.calibration import (
+    CalibrationSet,
+    Kind,
+    Origin,
+    ScoredModel,
+    options_of,
+    read_calibration,
+    write_calibration,
+)
+from unbackdoor.detect.plausibility import check_plausible
+from unbackdoor.detect.scan import Scan
+from unbackdoor.errors import InvalidInputError, UnsupportedModelError
+from unbackdoor.types import LabelledImages, Progress
+
+FILES = (".safetensors", ".pt", ".pth")
+"""Which files of a folder are models, unless it holds some called model.safetensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class CleanModel:
+    """A model that is known to be clean.
+
+    Args:
+        name: What to call it.
+        load: Loads or trains it; takes a progress call, returns the network and the hash of its weights.
+    """
+
+    name: str
+    load: Callable[[Progress], tuple[nn.Module, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a calibration is made with.
+
+    Args:
+        out: The file; it grows by one model at a time, and a started one goes on.
+        scan: The scan that it is for; its detectors score the models.
+        others: More detectors that score them.
+        pool: Where each model's clean images are drawn from.
+        images: How many are drawn.
+        seed: Draws and detectors follow it.
+        origin: See ``CalibrationSet``.
+        description: Which models these are, in words.
+        architecture: Their name.
+    """
+
+    out: Path
+    scan: Scan
+    others: tuple[Any, ...]
+    pool: LabelledImages
+    images: int
+    seed: int
+    origin: Origin
+    description: str
+    architecture: str
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Return the options of all detectors by name."""
+        detectors = (*self.scan.detectors().values(), *self.others)
+        return {detector.name: options_of(detector) for detector in detectors}
+
+
+def calibrate(
+    plan: Plan, models: Sequence[CleanModel], *, progress: Progress, say: Callable[[str], None]
+) -> CalibrationSet:
+    """Score the models that are not scored yet, and write the file after each.
+
+    Args:
+        plan: What with.
+        models: All of one kind.
+        progress: Called during the work; the stage ``models`` counts them.
+        say: Called with a line for each model that is left out.
+
+    Raises:
+        InvalidInputError: If the file holds another calibration, models differ in kind, or none is usable.
+    """
+    found = _started(plan)
+    problem = "there are none"
+    for index, entry in enumerate(models):
+        progress("models", index, len(models))
+        network, digest = entry.load(progress)
+        known = {model.sha256 for model in found.models} if found else set()
+        if digest in known:
+            continue  # scored before an interruption, or the same file twice
+        clean = draw_balanced(plan.pool, plan.images, rng.generator(plan.seed + index))
+        classes = check_fits(network, clean, purpose="a calibration", at_least=2)
+        plausible = check_plausible(network, clean)
+        if plausible.problem:
+            problem = plausible.problem
+            say(f"left out: {entry.name}: {problem}")
+            continue
+        kind = Kind.of(network, clean, classes, architecture=plan.architecture)
+        found = found or _begun(plan, kind, len(clean))
+        if not found.kind.is_like(kind):
+            raise InvalidInputError(
+                f"{entry.name} is {kind.words()}, the models before it are {found.kind.words()}; calibrate "
+                "each kind by itself."
+            )
+        scores = _scores(plan, network, clean, rng.generator(plan.seed + index), progress)
+        scored = ScoredModel(
+            name=entry.name, sha256=digest, clean_accuracy=plausible.accuracy.value, scores=scores
+        )
+        found = found.model_copy(update={"models": (*found.models, scored)})
+        write_calibration(found, plan.out)
+    progress("models", len(models), len(models))
+    if found is None or not found.models:
+        raise InvalidInputError(f"no model can be used for a calibration: {problem}.")
+    return found
+
+
+def model_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the model files that are named, or lie in the folders that are named.
+
+    Raises:
+        InvalidInputError: If there are none, or a card says that a model is infected.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = sorted(path.rglob("model.safetensors"))
+        found = found or sorted(file for file in path.rglob("*") if file.suffix in FILES and file.is_file())
+        if not found:
+            raise InvalidInputError(
+                f"{path} holds no model files ({', '.join(FILES)}); name files, or a folder that has some."
+            )
+        files += found
+    for file in files:
+        card = file.parent / "card.json"
+        attack = read_card(file.parent).get("attack") if card.exists() else None
+        if attack is not None:
+            raise InvalidInputError(
+                f"{file} is infected by {attack}, as its card says; a calibration needs clean models alone."
+            )
+    return list(dict.fromkeys(files))
+
+
+def from_file(options: ModelOptions, path: Path) -> CleanModel:
+    """Return the model in a file; ``options`` say all but the path."""
+
+    def load(progress: Progress) -> tuple[nn.Module, str]:
+        loaded = open_model(replace(options, path=path))
+        return loaded.model, loaded.checkpoint.sha256
+
+    return CleanModel(str(path), load)
+
+
+def _scores(
+    plan: Plan, network: nn.Module, clean: LabelledImages, generator: torch.Generator, progress: Progress
+) -> dict[str, float | None]:
+    scores = plan.scan.measure(network, clean, generator=generator, progress=progress).scores()
+    for detector in plan.others:
+        try:
+            found = detector.score(network, clean, generator=rng.spawn(generator), progress=progress)
+        except UnsupportedModelError:
+            scores[detector.name] = None
+            continue
+        scores[detector.name] = None if found.undetermined else found.score
+    return scores
+
+
+def _begun(plan: Plan, kind: Kind, images: int) -> CalibrationSet:
+    return CalibrationSet(
+        description=plan.description,
+        origin=plan.origin,
+        kind=kind,
+        images=images,
+        options=plan.options(),
+    )
+
+
+def _started(plan: Plan) -> CalibrationSet | None:
+    """Return what an interrupted run left.
+
+    Raises:
+        InvalidInputError: If the file holds something else.
+    """
+    if not plan.out.exists():
+        return None
+    found = read_calibration(plan.out)
+    wanted = (plan.options(), plan.origin, plan.description, min(plan.images, len(plan.pool)))
+    if (found.options, found.origin, found.description, found.images) != wanted:
+        raise InvalidInputError(
+            f"{plan.out} holds a calibration made with other options, models or images; choose another "
+            "--out, or add --force."
+        )
+    return found

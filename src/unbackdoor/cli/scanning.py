@@ -1,0 +1,155 @@
+"""The work behind ``unbackdoor scan``: from a model and images to a document, without printing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from torch import Tensor, nn
+
+import unbackdoor
+from unbackdoor import rng
+from unbackdoor.cli.work import plain, png, rate, sentence
+from unbackdoor.detect.evidence import Evidence, finding
+from unbackdoor.detect.exposure import Exposure
+from unbackdoor.detect.scan import Scan
+from unbackdoor.detect.trigger_search import RecoveredTrigger
+from unbackdoor.detect.verdict import limits_of
+from unbackdoor.errors import MissingDependencyError
+from unbackdoor.report import documents as doc
+from unbackdoor.types import LabelledImages, Progress, as_float
+
+ADVICE = {
+    "backdoored": "Do not use this model. Get it from a source you trust, or remove the backdoor with "
+    "`unbackdoor purify`, scan the result again and look at what it cost.",
+    "clean": "No evidence was found; read below what this scan cannot see before you rely on it.",
+    "inconclusive": "Do not rely on this model yet: mend what is named above and scan again.",
+}
+
+
+def scan_document(
+    model: nn.Module,
+    clean: LabelledImages,
+    *,
+    scan: Scan,
+    info: doc.ModelInfo,
+    data: doc.DataInfo,
+    seed: int,
+    warnings: tuple[str, ...] = (),
+    progress: Progress,
+) -> doc.ScanDocument:
+    """Scan ``model`` and describe the result."""
+    result = scan.run(model, clean, generator=rng.generator(seed), progress=progress)
+    target = result.target_class
+    return doc.ScanDocument(
+        tool_version=unbackdoor.__version__,
+        seconds=result.seconds,
+        model=info,
+        data=data,
+        clean_accuracy=rate(result.plausibility.accuracy),
+        verdict=result.verdict,
+        reason=sentence(result.reason),
+        advice=ADVICE[result.verdict],
+        target_class=target,
+        target_name=None if target is None else clean.name_of(target),
+        confidence=None if result.confidence is None else doc.Confidence(**asdict(result.confidence)),
+        warnings=[*warnings, *result.warnings],
+        detectors=[_detector_row(evidence, clean) for evidence in result.evidence],
+        trigger=None if result.trigger is None else _trigger(result.trigger, clean),
+        filters=[doc.SuspectFilter(**asdict(each)) for each in result.filters],
+        suppression=_suppression(result.exposure, scan),
+        scatter=_scatter(result.exposure),
+        settings={"scan": plain(asdict(scan)), "seed": seed},
+        limits=limits_of(images=len(clean), fast=scan.fast),
+    )
+
+
+def _detector_row(evidence: Evidence, clean: LabelledImages) -> doc.DetectorRow:
+    detection = evidence.detection
+    flagged = detection.is_backdoored
+    said = f"not determined: {detection.undetermined}" if detection.undetermined else finding(evidence, clean)
+    shown = "" if evidence.decides else " Shown for comparison, it does not decide the verdict."
+    return doc.DetectorRow(
+        name=evidence.name,
+        title=evidence.title,
+        source=evidence.source,
+        kind=evidence.kind,
+        decides=evidence.decides,
+        score=detection.score,
+        threshold=detection.threshold,
+        threshold_source=detection.threshold_source,
+        p_value=detection.p_value,
+        verdict="undetermined" if flagged is None else "backdoored" if flagged else "clean",
+        undetermined=detection.undetermined,
+        target_class=detection.target_class,
+        seconds=evidence.seconds,
+        summary=sentence(said) + shown,
+        evidence=dict(detection.evidence),
+    )
+
+
+def _trigger(recovered: RecoveredTrigger, clean: LabelledImages) -> doc.RecoveredTrigger:
+    trigger = recovered.trigger
+    return doc.RecoveredTrigger(
+        target_class=trigger.target_class,
+        target_name=clean.name_of(trigger.target_class),
+        l1_pixels=trigger.l1,
+        image_fraction=recovered.image_fraction,
+        success=rate(recovered.held_out),
+        success_seen=trigger.success,
+        **_trigger_pictures(recovered, clean),
+    )
+
+
+def _trigger_pictures(recovered: RecoveredTrigger, clean: LabelledImages) -> dict[str, str]:
+    """Draw the trigger; without Pillow, which a scan itself does not need, there are no pictures."""
+    trigger = recovered.trigger
+    others = clean.subset(clean.labels != trigger.target_class)
+    image = as_float(others.images[:1]).cpu()
+    pictures = {
+        "mask_png": trigger.mask.expand(3, -1, -1),
+        "pattern_png": 0.5 + trigger.mask * (trigger.pattern - 0.5),
+        **({"clean_png": image[0], "stamped_png": trigger(image)[0]} if len(image) else {}),
+    }
+    try:
+        return {name: png(picture) for name, picture in pictures.items()}
+    except MissingDependencyError:
+        return {}
+
+
+def _suppression(exposure: Exposure | None, scan: Scan) -> doc.Suppression | None:
+    if exposure is None:
+        return None
+    reasons = {
+        "accuracy": f"the clean accuracy fell to {scan.suppression.stop_accuracy:.0%} or below",
+        "budget": "the budget of steps ran out",
+        "not finite": "the loss overflowed",
+    }
+    suppressed = exposure.suppressed
+    return doc.Suppression(
+        accuracy=list(suppressed.accuracies),
+        stop_reason=reasons[suppressed.stop_reason],
+        norm_mode=scan.suppression.norm_mode,
+        class_share=suppressed.class_share.tolist(),
+    )
+
+
+def _scatter(exposure: Exposure | None) -> doc.Scatter | None:
+    if exposure is None:
+        return None
+    layers = list(exposure.before.magnitude)
+    lengths = [len(exposure.before.magnitude[name]) for name in layers]
+
+    def flat(values: Mapping[str, Tensor]) -> list[float]:
+        return [round(value, 6) for name in layers for value in values[name].tolist()]
+
+    return doc.Scatter(
+        layers=layers,
+        layer_of=[index for index, length in enumerate(lengths) for _ in range(length)],
+        magnitude=flat(exposure.before.magnitude),
+        saliency=flat(exposure.before.saliency),
+        magnitude_after=flat(exposure.after.magnitude),
+        saliency_after=flat(exposure.after.saliency),
+        rho=exposure.before.correlation,
+        rho_after=exposure.after.correlation,
+    )

@@ -1,0 +1,200 @@
+"""From evidence to a verdict: the rule, what it guarantees, and what it cannot see."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from unbackdoor.detect.calibration import CalibrationSet, too_few
+from unbackdoor.detect.evidence import KINDS, REQUIRED, Evidence, finding
+from unbackdoor.detect.joint import Joint
+from unbackdoor.types import LabelledImages
+
+Verdict = Literal["backdoored", "clean", "inconclusive"]
+
+ROUNDING = 1e-12
+"""P-values are ratios of small integers, and alpha a decimal fraction: equal ones may differ by this."""
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """What a verdict rests on.
+
+    Args:
+        p_value: Chance that a clean model scores like this or higher; None if it cannot be told.
+        alpha: Largest false-positive rate that was asked for.
+        models: Clean models that it was compared with.
+        origin: ``shipped``, ``models`` or ``surrogates``, see ``CalibrationSet``; or ``none``.
+        description: Which models these are, in words.
+        smallest_rate: The smallest false-positive rate that so many models can guarantee.
+        guarantee: What is guaranteed, in a sentence.
+    """
+
+    p_value: float | None
+    alpha: float
+    models: int
+    origin: Literal["shipped", "models", "surrogates", "none"]
+    description: str
+    smallest_rate: float | None
+    guarantee: str
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """The rule that turns evidence into a verdict; see ``Scan``.
+
+    Args:
+        evidence: What the detectors said, calibrated.
+        joint: Its comparison with clean models, or None if there was nothing to compare.
+        clean: The images.
+        classes: Outputs of the model.
+        alpha: Largest false-positive rate, in (0, 1).
+        smallest_per_class: With fewer images per class on average, no verdict is given.
+    """
+
+    evidence: tuple[Evidence, ...]
+    joint: Joint | None
+    clean: LabelledImages
+    classes: int
+    alpha: float
+    smallest_per_class: float
+
+    def verdict(self) -> tuple[Verdict, str]:
+        """Return the verdict and its reason, a sentence without a full stop."""
+        joint, alpha = self.joint, self.alpha + ROUNDING
+        if len(self.clean) < self.smallest_per_class * self.classes:
+            return "inconclusive", (
+                f"{len(self.clean)} images for {self.classes} classes are too few for a verdict; give at "
+                f"least {math.ceil(self.smallest_per_class * self.classes)}"
+            )
+        if joint is None:
+            return "inconclusive", self._uncompared()
+        if joint.smallest_p > alpha:
+            return "inconclusive", f"{too_few(joint.n, self.alpha)}; {self._said()}"
+        if joint.p_value <= alpha:
+            return "backdoored", f"{self._said(flagged=True)}; {_chance(joint)}"
+        if missing := self._missing():
+            return "inconclusive", f"the evidence is incomplete: {' and '.join(missing)}; {self._said()}"
+        if joint.p_value <= 2 * alpha:
+            return "inconclusive", f"the model is close to the threshold: {self._said()}; {_chance(joint)}"
+        return "clean", f"no evidence of a backdoor: {self._said()}; {_chance(joint)}"
+
+    def suspect(self, verdict: Verdict) -> Evidence | None:
+        """Return the evidence that names the suspected class: the furthest from clean models, or None.
+
+        Args:
+            verdict: A model that is called clean has no suspect.
+        """
+        joint = self.joint
+        if verdict == "clean":
+            return None
+        if joint is None:
+            flagged = [each for each in self.evidence if each.decides and each.detection.is_backdoored]
+            return flagged[0] if flagged else None
+        compared = [each for each in self.evidence if each.name in joint.scaled]
+        first = max(compared, key=lambda each: joint.scaled[each.name])
+        near = max(2 * self.alpha, joint.smallest_p) + ROUNDING
+        if joint.p_values[first.name] <= near:
+            return first
+        # What no clean model can vouch for may still point somewhere.
+        others = [e for e in self.evidence if e.decides and e.name not in joint.scaled]
+        return next((each for each in others if each.detection.is_backdoored), None)
+
+    def _uncompared(self) -> str:
+        deciding = [each for each in self.evidence if each.decides]
+        if all(each.detection.undetermined for each in deciding):
+            return f"the scan cannot tell: {deciding[0].detection.undetermined}"
+        return (
+            "there are no clean models to compare with, so that no false-positive rate is known; by rules of "
+            f"thumb, {self._said()}"
+        )
+
+    def _missing(self) -> list[str]:
+        """Say which required kinds of evidence there is nothing of."""
+        found = {each.name: each.detection for each in self.evidence}
+        compared = self.joint.p_values if self.joint else {}
+        return [
+            f"{KINDS[name]} was left out"
+            if name not in found
+            else f"{KINDS[name]} could not tell ({found[name].undetermined})"
+            if found[name].undetermined
+            else f"there are no clean models to compare {KINDS[name]} with"
+            for name in REQUIRED
+            if name not in compared
+        ]
+
+    def _said(self, *, flagged: bool = False) -> str:
+        """Say what the deciding detectors found; only those that the verdict follows from if ``flagged``."""
+        deciding = [each for each in self.evidence if each.decides and not each.detection.undetermined]
+        p_values = self.joint.p_values if self.joint else {}
+        chosen = [
+            each
+            for each in deciding
+            if not flagged or p_values.get(each.name, math.inf) <= self.alpha + ROUNDING
+        ]
+        return " and ".join(finding(each, self.clean) for each in chosen) or "nothing was measured"
+
+
+def confidence_of(calibration: CalibrationSet | None, joint: Joint | None, alpha: float) -> Confidence:
+    """Say what a comparison with clean models guarantees."""
+    if calibration is None or joint is None:
+        return Confidence(
+            p_value=None,
+            alpha=alpha,
+            models=0,
+            origin="none",
+            description="no clean models",
+            smallest_rate=None,
+            guarantee="No false-positive rate is guaranteed: there were no clean models to compare with.",
+        )
+    if joint.smallest_p > alpha + ROUNDING:
+        guarantee = f"The rate asked for is not guaranteed: {too_few(joint.n, alpha)}."
+    else:
+        guarantee = (
+            f"Of clean models exchangeable with these {joint.n}, at most {alpha:.1%} are called backdoored."
+        )
+    if calibration.origin == "surrogates":
+        guarantee += (
+            " Surrogates were trained on your images and not as the suspect was, so that this holds for the "
+            "suspect only as far as such models score alike."
+        )
+    return Confidence(
+        p_value=joint.p_value,
+        alpha=alpha,
+        models=joint.n,
+        origin=calibration.origin,
+        description=calibration.words(joint.n),
+        smallest_rate=joint.smallest_p,
+        guarantee=guarantee,
+    )
+
+
+def limits_of(*, images: int, fast: bool) -> tuple[str, ...]:
+    """Say what a scan did not check, and what could fool it.
+
+    Args:
+        images: Clean images that it used.
+        fast: Whether the trigger search was left out.
+    """
+    left_out = (
+        "Trigger inversion was left out (--fast): small patches that few training images carried would not "
+        "be seen.",
+    )
+    return (
+        "A clean verdict means that this scan found no evidence, not that there is no backdoor.",
+        *(left_out if fast else ()),
+        f"The scan saw {images} clean images and no triggered one; other images may give another score.",
+        "Not looked for: backdoors of one source class only, several triggers with different targets, and "
+        "backdoors that wake only after fine-tuning, quantisation or compression.",
+        "What could fool it: dense triggers, or triggers that differ from image to image, that few training "
+        "images carried; an attacker who knows this scan and trains against it.",
+        "What could make it cry wolf: a shortcut in honest data, such as a watermark on one class, acts as a "
+        "backdoor does.",
+        "Thresholds are guaranteed only for models exchangeable with those that they were calibrated on.",
+    )
+
+
+def _chance(joint: Joint) -> str:
+    reached = round(joint.p_value * (joint.n + 1)) - 1
+    return f"{reached} of {joint.n} clean models go as far, p = {joint.p_value:.3f}"

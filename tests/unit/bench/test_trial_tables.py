@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from unbackdoor.bench.trial_tables import (
+    area_under_curve,
+    attack_table,
+    columns,
+    halves,
+    ratio_table,
+    scored,
+    summary_table,
+)
+
+
+def record(
+    name: str, attack: str | None, scores: dict[str, float | None], *, target: int = 3, **more: object
+) -> dict[str, Any]:
+    return {
+        "key": name,
+        "cell": {"data": "d", "model": name, "detector": "scan"},
+        "status": "ok",
+        "valid": True,
+        "attack": attack,
+        "label_rule": {"rule": "all_to_one", "target_class": 3} if attack else None,
+        "detections": {
+            detector: {"score": score, "target_class": target, "seconds": 2.0, "undetermined": ""}
+            for detector, score in scores.items()
+        },
+    } | more
+
+
+def trial() -> list[dict[str, Any]]:
+    clean = [
+        record(
+            f"clean-{i:02d}", None, {"collapse": 0.01 * i, "trigger_search": 0.01 * (i * 7 % 40), "mnp": 0.0}
+        )
+        for i in range(40)
+    ]
+    infected = [
+        record("badnets-00", "badnets", {"collapse": 0.2, "trigger_search": 3.0, "mnp": 0.1}),
+        record("badnets-01", "badnets", {"collapse": 9.0, "trigger_search": 0.0, "mnp": 0.1}, target=4),
+        record("blend-00", "blend", {"collapse": 0.1, "trigger_search": None, "mnp": None}),
+        record(
+            "adaptive-magnitude-00", "adaptive_magnitude", {"collapse": 0, "trigger_search": 0, "mnp": 0.9}
+        ),
+        record("iab-00", "iab", {"collapse": 9.0}, valid=False),
+    ]
+    return clean + infected
+
+
+def test_thresholds_come_from_one_half_and_figures_from_the_other() -> None:
+    models = scored(trial())
+    assert len(models) == 44  # the attack that did not take is left out
+    calibration, rest = halves([model for model in models if model.is_clean])
+    assert (len(calibration), len(rest)) == (20, 20)
+    assert not {m.name for m in calibration} & {m.name for m in rest}
+    found = {column.detector: column for column in columns(models)}
+    assert set(found) == {"collapse", "mnp", "trigger_search", "scan"}
+    for column in found.values():
+        assert (column.calibrated_on, column.rate, len(column.of(clean=True))) == (20, 0.05, 20)
+    flagged = {o.model.name for o in found["scan"].of(clean=False) if o.flagged}
+    assert flagged == {"badnets-00", "badnets-01"}
+    assert {o.model.name for o in found["collapse"].of(clean=False) if o.flagged} == {"badnets-01"}
+    # Two of the scan's detectors take four seconds.
+    assert found["scan"].seconds == 4.0
+
+
+def test_the_tables() -> None:
+    models = scored(trial())
+    found = columns(models)
+    lines = summary_table(found).splitlines()
+    row = next(line for line in lines if "| scan |" in line).split(" | ")
+    # Of three models that are no adaptive attack two are flagged; one of these names the right class.
+    assert row[2].startswith("66.7 (2/3) [")
+    assert row[5].startswith("50.0 (1/2) [")
+    attacks = attack_table(found, "d").splitlines()
+    assert [line.split(" | ")[0] for line in attacks[2:]] == [
+        "| adaptive-magnitude", "| badnets", "| blend", "| clean",
+    ]  # fmt: skip
+    ratios = ratio_table(models).splitlines()
+    assert ratios[2].split(" | ")[:4] == ["| d", "clean", "40", "1.00"]
+    assert ratios[3].split(" | ")[2] == "3"
+
+
+def test_half_of_few_clean_models_guarantees_less() -> None:
+    few = [each for each in trial() if each["attack"] or each["key"] < "clean-10"]
+    for column in columns(scored(few)):
+        assert column.calibrated_on == 5
+        assert column.rate == pytest.approx(1 / 6)
+
+
+def test_refusals_are_misses() -> None:
+    refused = record("wanet-00", "wanet", {}, status="refused", problem="no")
+    del refused["detections"]
+    found = {column.detector: column for column in columns(scored([*trial(), refused]))}
+    for name in ("scan", "collapse"):
+        (outcome,) = found[name].of(clean=False, group="wanet")
+        assert (outcome.flagged, outcome.statistic) == (False, -math.inf)
+
+
+def test_the_area_under_the_curve() -> None:
+    assert area_under_curve([0.0, 1.0], [2.0, 3.0]) == (1.0, 1.0, 1.0)
+    area, low, high = area_under_curve([0.0, 1.0, 2.0, 3.0], [1.5, 2.0, 2.5, -math.inf])
+    assert area == pytest.approx((2 + 2.5 + 3 + 0) / 16)
+    assert 0 <= low < area < high <= 1
+    assert math.isnan(area_under_curve([], [1.0])[0])

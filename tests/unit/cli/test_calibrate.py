@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unbackdoor.cli import surrogates
+from unbackdoor.detect.calibration import CalibrationSet, read_calibration
+from unbackdoor.models.checkpoint import write_tensors
+from unbackdoor.testing import planted_backdoor
+
+from .conftest import ARCH, Files, Result, Run
+
+QUICK = (
+    "--set", "suppression.budget=60", "--set", "search.first.steps=20", "--set", "search.first.batch_size=4",
+    "--set", "search.second.steps=20", "--set", "search.refined=1", "--clean-count", 80,
+)  # fmt: skip
+
+
+@pytest.fixture
+def honest(tmp_path: Path) -> Path:
+    folder = tmp_path / "honest"
+    for seed in range(2):
+        place = folder / f"model{seed}"
+        place.mkdir(parents=True)
+        model = planted_backdoor(infected=False, seed=seed).model
+        write_tensors(model.state_dict(), place / "model.safetensors")
+        write_tensors({"unrelated": model.state_dict()["head.bias"]}, place / "plan.safetensors")
+    return folder
+
+
+def calibrate(run: Run, files: Files, *arguments: object) -> Result:
+    return run("calibrate", *arguments, "--arch", ARCH, "--clean", files.clean, *QUICK)
+
+
+def test_own_models_are_scored_once_and_used_by_a_scan(
+    run: Run, files: Files, honest: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "c.json"
+    first = calibrate(run, files, honest, "--out", out, "--detector", "rnp-label")
+    assert first.code == 0, first.err
+    assert "1 / 3 = 33.3%" in first.out
+    found = read_calibration(out)
+    assert (found.origin, found.images, len(found.models)) == ("models", 80, 2)
+    assert set(found.options) == {"collapse", "mnp", "trigger_search", "head_weights", "rnp_label"}
+    assert set(found.models[0].scores) == set(found.options)
+    assert found.kind.num_classes == 8
+    assert found.models[0].clean_accuracy == 1.0
+
+    # A started file goes on: what is there stays, to the bit, and a new model is added.
+    (honest / "model2").mkdir()
+    third = planted_backdoor(infected=False, seed=2).model
+    write_tensors(third.state_dict(), honest / "model2" / "model.safetensors")
+    again = calibrate(run, files, honest, "--out", out, "--detector", "rnp-label", "--json")
+    assert again.code == 0, again.err
+    grown = CalibrationSet.model_validate_json(again.out)
+    assert grown.models[:2] == found.models
+    assert len(grown.models) == 3
+
+    scan = run(
+        "scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--calibration", out, "--json",
+        "--alpha", 0.25, *QUICK,
+    )  # fmt: skip
+    assert scan.json["confidence"]["models"] == 3
+    assert scan.json["confidence"]["origin"] == "models"
+
+    other = calibrate(run, files, honest, "--out", out)
+    assert other.code == 2
+    assert "made with other options, models or images; choose another --out, or add --force" in other.err
+
+
+def test_models_that_do_not_fit_the_images_are_left_out(
+    run: Run, files: Files, honest: Path, tmp_path: Path
+) -> None:
+    result = calibrate(run, files, honest, files.wants_half, "--out", tmp_path / "c.json")
+    assert result.code == 0
+    assert f"left out: {files.wants_half}: the model is right on only" in " ".join(result.err.split())
+    assert len(read_calibration(tmp_path / "c.json").models) == 2
+    none = calibrate(run, files, files.wants_half, "--out", tmp_path / "d.json")
+    assert none.code == 2
+    assert "no model can be used for a calibration: the model is right on only" in none.err
+
+
+def test_infected_models_and_empty_folders_are_refused(
+    run: Run, files: Files, honest: Path, tmp_path: Path
+) -> None:
+    out = ("--out", tmp_path / "c.json")
+    (honest / "model1" / "card.json").write_text(json.dumps({"attack": "badnets"}))
+    result = calibrate(run, files, honest, *out)
+    assert result.code == 2
+    assert "is infected by badnets, as its card says" in result.err
+    (tmp_path / "empty").mkdir()
+    assert "holds no model files" in calibrate(run, files, tmp_path / "empty", *out).err
+    assert "give either clean models, or a number of --surrogates" in calibrate(run, files, *out).err
+    both = calibrate(run, files, honest, "--surrogates", 3, *out)
+    assert "give either clean models" in both.err
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_surrogates_are_trained_once_and_go_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "c.json"
+    common = (
+        "calibrate", "--arch", "resnet10", "--width", 4, "--clean", "digits", "--image-size", 8,
+        "--surrogates", 2, "--epochs", 3, "--out", out, "--clean-count", 100, "--set", "suppression.budget=5",
+        "--set", "search.first.steps=2", "--set", "search.second.steps=2",
+    )  # fmt: skip
+    first = run(*common)
+    assert first.code == 0, first.err
+    found = read_calibration(out)
+    assert (found.origin, len(found.models)) == ("surrogates", 2)
+    assert found.description == "trained on 1197 images of digits for 3 epochs each"
+    assert (tmp_path / "c-surrogates" / "surrogate-01" / "card.json").exists()
+    assert not list((tmp_path / "c-surrogates").rglob("training*"))
+
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(surrogates, "train", never)
+    out.unlink()
+    assert run(*common).code == 0
+    assert [model.sha256 for model in read_calibration(out).models] == [m.sha256 for m in found.models]
+    other = run(*common, "--epochs", 4, "--force")
+    assert other.code == 2
+    assert "holds a surrogate that was trained with other options" in other.err

@@ -1,0 +1,247 @@
+"""Scans of planted models and of what people hand in by mistake: a clear answer, never a traceback."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from unbackdoor import rng
+from unbackdoor.detect.calibration import CalibrationSet, Kind, ScoredModel, options_of
+from unbackdoor.detect.scan import Scan, ScanResult
+from unbackdoor.detect.trigger_search import TriggerSearch
+from unbackdoor.errors import InvalidInputError, UnsupportedModelError
+from unbackdoor.inversion import Inversion
+from unbackdoor.suppression import Suppression
+from unbackdoor.testing import PlantedBackdoor, planted_backdoor
+from unbackdoor.testing.subjects import Snapshot, small_network
+from unbackdoor.types import LabelledImages
+
+SCAN = Scan(
+    suppression=Suppression(budget=60),
+    search=TriggerSearch(
+        first=Inversion(steps=50, batch_size=8, success=0.95),
+        second=Inversion(steps=50, batch_size=8, success=0.95),
+        refined=1,
+    ),
+)
+
+
+@cache
+def planted(*, infected: bool = True) -> PlantedBackdoor:
+    return planted_backdoor(target_class=3, infected=infected)
+
+
+def images(count: int = 160) -> LabelledImages:
+    return planted().clean_data(count, rng.generator(1))
+
+
+def calibrated(scan: Scan, collapse: float, search: float, count: int = 160) -> Scan:
+    """Return ``scan`` with nineteen clean models around these scores."""
+    clean = images(count)
+    scores = {"collapse": collapse, "trigger_search": search, "mnp": 0.0, "head_weights": 1.0}
+    return replace(
+        scan,
+        calibration=CalibrationSet(
+            description="made for this test",
+            kind=Kind.of(planted().model, clean, 8),
+            images=count,
+            options={name: options_of(detector) for name, detector in scan.detectors().items()},
+            models=tuple(
+                ScoredModel(
+                    name=str(i),
+                    scores={
+                        name: s + 0.001 * (i % 7) for name, s in scores.items() if name in scan.detectors()
+                    },
+                )
+                for i in range(19)
+            ),
+        ),
+    )
+
+
+def scanned(scan: Scan, model: nn.Module, clean: LabelledImages) -> ScanResult:
+    return scan.run(model, clean, generator=rng.generator(0))
+
+
+def test_a_planted_backdoor_is_found_with_everything_a_report_needs() -> None:
+    before, stages = Snapshot.of(planted().model), set[str]()
+    result = calibrated(SCAN, 0.3, 0.5).run(
+        planted().model,
+        images(),
+        generator=rng.generator(0),
+        progress=lambda stage, done, total: stages.add(stage),
+    )
+    before.check(planted().model)
+    assert (result.verdict, result.target_class) == ("backdoored", 3)
+    assert len(stages) >= 3
+    assert [each.name for each in result.evidence] == ["collapse", "mnp", "trigger_search", "head_weights"]
+    assert [each.decides for each in result.evidence] == [True, False, True, False]
+    for each in result.evidence[::2]:
+        assert each.detection.p_value is not None
+        assert "made for this test" in each.detection.threshold_source
+    assert result.confidence is not None
+    assert (result.confidence.origin, result.confidence.models) == ("models", 19)
+    assert result.trigger is not None
+    assert result.trigger.held_out.value >= 0.9
+    # The planted filters lead the list of suspects.
+    assert {(each.layer, each.filter) for each in result.filters[:2]} <= planted().guilty
+    assert result.warnings == ()
+
+
+def test_a_clean_twin_is_clean() -> None:
+    result = scanned(calibrated(SCAN, 9.0, 9.0), planted(infected=False).model, images())
+    assert (result.verdict, result.target_class, result.filters, result.trigger) == ("clean", None, (), None)
+
+
+def test_a_fast_scan_flags_and_never_clears() -> None:
+    fast = replace(SCAN, fast=True)
+    assert scanned(calibrated(fast, 0.3, 0.0), planted().model, images()).verdict == "backdoored"
+    result = scanned(calibrated(fast, 9.0, 0.0), planted(infected=False).model, images())
+    assert result.verdict == "inconclusive"
+    assert "trigger inversion was left out" in result.reason
+    assert result.detection("trigger_search") is None
+
+
+FAST = replace(SCAN, fast=True)
+
+
+def test_without_clean_models_nothing_is_claimed() -> None:
+    result = scanned(FAST, planted().model, images())
+    assert result.verdict == "inconclusive"
+    assert result.reason.startswith("there are no clean models to compare with")
+    assert result.target_class == 3  # pointed at all the same
+    assert result.confidence is not None
+    assert result.confidence.origin == "none"
+    assert "No calibration comes with this package for" in result.warnings[0]
+
+
+def test_a_calibration_of_another_kind_is_refused() -> None:
+    scan = calibrated(FAST, 0.3, 0.0)
+    assert scan.calibration is not None
+    kind = scan.calibration.kind.model_copy(update={"parameters": 3})
+    other = replace(scan, calibration=scan.calibration.model_copy(update={"kind": kind}))
+    with pytest.raises(InvalidInputError, match=r"the calibration is of .* the model is"):
+        scanned(other, planted().model, images())
+
+
+def test_a_calibration_with_other_options_or_images_does_not_apply() -> None:
+    scan = calibrated(FAST, 0.3, 0.0)
+    result = scanned(replace(scan, suppression=Suppression(budget=61)), planted().model, images())
+    assert result.verdict == "inconclusive"
+    assert "made with other options of unlearning exposure" in " ".join(result.warnings)
+    result = scanned(calibrated(FAST, 0.3, 0.0, count=320), planted().model, images(80))
+    assert result.verdict == "inconclusive"
+    assert "made with 320 images and does not hold for 80" in result.warnings[0]
+    result = scanned(calibrated(FAST, 0.3, 0.0, count=240), planted().model, images())
+    assert result.verdict == "backdoored"
+    assert "its rates hold only roughly" in result.warnings[0]
+
+
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_one_image_a_class_or_fewer(count: int) -> None:
+    result = scanned(SCAN, planted().model, images(count))
+    assert result.verdict == "inconclusive"
+    assert f"{count} images for 8 classes are too few" in result.reason
+
+
+def test_no_image_and_one_image_are_refused() -> None:
+    for count in (0, 1):
+        with pytest.raises(InvalidInputError, match="a scan needs at least 2 image"):
+            scanned(SCAN, planted().model, images(8).subset(torch.arange(count)))
+
+
+class Constant(nn.Module):
+    """A head whose answer to an image is its first pixel's class: right on all images of a made data set."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 2 * classes, 1), nn.BatchNorm2d(2 * classes)
+        self.head = nn.Linear(2 * classes, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+        return logits
+
+
+def separable(classes: int, per_class: int) -> tuple[nn.Module, LabelledImages]:
+    """Return images of one grey level a class, and a network that tells the levels apart."""
+    labels = torch.arange(classes * per_class) % classes
+    levels = (labels + 0.5) / classes
+    model = Constant(classes).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        # Logit k is 2 c_k x - c_k^2 up to a constant: largest at the nearest level c_k.
+        centres = (torch.arange(classes) + 0.5) / classes
+        model.conv.weight[:classes] = 1.0
+        model.norm.weight.fill_((1 + model.norm.eps) ** 0.5)
+        model.head.weight[:, 0] = 2e4 * centres
+        model.head.bias.copy_(-1e4 * centres**2)
+        inputs = levels.view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
+    return model, LabelledImages(inputs, labels)
+
+
+def test_two_classes_get_an_answer() -> None:
+    result = scanned(SCAN, *separable(2, 40))
+    assert result.plausibility.accuracy.value == 1.0
+    assert result.verdict == "inconclusive"
+    collapse = result.detection("collapse")
+    assert collapse is not None
+    assert "2 classes leave errors too few places to go" in collapse.undetermined
+
+
+def test_two_hundred_classes_get_an_answer() -> None:
+    result = scanned(replace(FAST, suppression=Suppression(budget=10)), *separable(200, 2))
+    assert result.plausibility.accuracy.value == 1.0
+    assert result.verdict == "inconclusive"
+    assert "400 images for 200 classes are too few for a verdict; give at least 1000" in result.reason
+
+
+def test_a_dead_network_is_named() -> None:
+    model = small_network(classes=8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    result = scanned(SCAN, model, images())
+    assert result.verdict == "inconclusive"
+    assert "it answers '0' for every image" in result.reason
+
+
+def test_a_random_network_is_named() -> None:
+    with rng.isolated(rng.generator(0)):
+        model = small_network(classes=8)
+    result = scanned(SCAN, model, images())
+    assert result.verdict == "inconclusive"
+    assert "the model is right on only" in result.reason
+
+
+def test_weights_that_are_no_numbers_are_named() -> None:
+    model = planted_backdoor().model
+    with torch.no_grad():
+        next(iter(model.parameters()))[0] = torch.nan
+    result = scanned(SCAN, model, images())
+    assert result.verdict == "inconclusive"
+    assert "1 of the model's tensors, 'conv1.weight' first, hold values that are not finite" in result.reason
+
+
+def test_grey_images_for_a_colour_model_are_refused() -> None:
+    grey = LabelledImages(images().images[:, :1], images().labels)
+    with pytest.raises(UnsupportedModelError, match="cannot be run on one image of shape"):
+        scanned(SCAN, planted().model, grey)
+
+
+def test_foreign_images_permit_no_verdict() -> None:
+    noise = torch.rand(160, 3, 16, 16, generator=rng.generator(0))
+    result = scanned(SCAN, planted().model, LabelledImages(noise, images().labels))
+    assert result.verdict == "inconclusive"
+    assert "the model is right on only" in result.reason
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.0}, {"deciding": ("collapse",)}, {"deciding": ("magic",)}])
+def test_impossible_options(options: dict[str, object]) -> None:
+    with pytest.raises(InvalidInputError, match=r"alpha must lie|deciding must hold"):
+        Scan(**options)  # type: ignore[arg-type]
