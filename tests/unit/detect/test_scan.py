@@ -141,7 +141,7 @@ def test_a_calibration_with_other_options_or_images_does_not_apply() -> None:
     assert "its rates hold only roughly" in result.warnings[0]
 
 
-@pytest.mark.parametrize("count", [2, 5, 8])
+@pytest.mark.parametrize("count", [5, 8])
 def test_one_image_a_class_or_fewer(count: int) -> None:
     result = scanned(SCAN, planted().model, images(count))
     assert result.verdict == "inconclusive"
@@ -195,10 +195,10 @@ def test_two_classes_get_an_answer() -> None:
 
 
 def test_two_hundred_classes_get_an_answer() -> None:
-    result = scanned(replace(FAST, suppression=Suppression(budget=10)), *separable(200, 2))
+    result = scanned(replace(FAST, suppression=Suppression(budget=10)), *separable(200, 1))
     assert result.plausibility.accuracy.value == 1.0
     assert result.verdict == "inconclusive"
-    assert "400 images for 200 classes are too few for a verdict; give at least 1000" in result.reason
+    assert "200 images for 200 classes are too few for a verdict; give at least 1000" in result.reason
 
 
 def test_a_dead_network_is_named() -> None:
