@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from unbackdoor.bench.executors.base import Executor, Job, Lost, Record, Task
 from unbackdoor.bench.store import Follower, Store
-
-RETRIED = ("failed",)
-"""States of records that are asked for again where failures are to be tried once more."""
 
 
 @dataclass(eq=False)
@@ -104,7 +101,7 @@ def drive(
     executor: Executor,
     *,
     watcher: Watcher | None = None,
-    retry: bool = False,
+    retry: Collection[str] = (),
 ) -> Tally:
     """Do all tasks that have no record yet.
 
@@ -114,7 +111,7 @@ def drive(
         store: Where records are kept.
         executor: Where tasks are done.
         watcher: Is told what happens.
-        retry: Do tasks again whose record says that they failed.
+        retry: States of records of earlier runs whose tasks are done again, such as ``failed``.
 
     Returns:
         How far it came: tasks that other runners hold are left to them.
@@ -138,10 +135,10 @@ def drive(
 class _Run:
     """The state of one run: what waits, what is under way, what other runners hold."""
 
-    def __init__(self, store: Store, tasks: list[Task], watcher: Watcher, retry: bool) -> None:
+    def __init__(self, store: Store, tasks: list[Task], watcher: Watcher, retry: Collection[str]) -> None:
         self.store, self.watcher = store, watcher
         self.follower = Follower(store)
-        self.stale = RETRIED if retry else ()
+        self.stale = retry
         self.answered: set[str] = set()
         self.claims: dict[str, AbstractContextManager[bool]] = {}
         self.waiting: deque[Task] = deque(tasks)

@@ -8,7 +8,6 @@ import pytest
 
 from unbackdoor import rng
 from unbackdoor.attacks import BadNets
-from unbackdoor.bench import zoo
 from unbackdoor.bench.artefact import save_clean, save_infected
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.defend import Bench, cell_of, run
@@ -32,11 +31,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     job = {"job": {"arch": "resnet10"}}
     save_clean(root / "clean", infected.model, TEST, seed=0, record=job)
     save_infected(root / "badnets", infected, TEST, attack=attack, seed=0, extra=job)
-    return Bench(root, TRAIN, TEST)
+    return Bench((root,), TRAIN, TEST)
 
 
 def cell(bench: Bench, model: str, method: str, **options: str) -> Cell:
-    entry = zoo.entry_named(bench.root, model)
+    entry = bench.entry(model)
     return cell_of(
         entry, method, data="small", options=options, clean_images=32, reactivate=model == "badnets"
     )

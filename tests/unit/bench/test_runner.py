@@ -55,7 +55,7 @@ def test_a_run_keeps_every_record_and_a_second_does_nothing(tmp_path: Path) -> N
 def test_failures_are_tried_again_when_asked_and_once_only(tmp_path: Path) -> None:
     store = Store(tmp_path / "records.jsonl")
     drive(NUMBERS[:7], Square(tmp_path), store, Inline())
-    drive(NUMBERS[:7], Square(tmp_path), store, Inline(), retry=True)
+    drive(NUMBERS[:7], Square(tmp_path), store, Inline(), retry=("failed",))
     assert [begun(tmp_path, value) for value in range(7)] == [1, 1, 1, 1, 1, 2, 1]
 
 
