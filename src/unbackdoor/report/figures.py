@@ -113,7 +113,7 @@ def filter_clouds(clouds: Sequence[Cloud]) -> Drawing:
                     axes.set_xlabel("CLC")
                 if points is not None:
                     bar = figure.colorbar(points, ax=axes, fraction=0.06, pad=0.02)
-                    bar.outline.set_visible(False)  # type: ignore[operator] - matplotlib's types lack it
+                    bar.outline.set_visible(False)
                     bar.ax.tick_params(labelsize=7)
 
     total = sum(len(cloud.clc) for cloud in clouds)

@@ -67,7 +67,7 @@ def one(browser: WebDriver, selector: str) -> WebElement:
 
 
 def test_it_loads_nothing_and_says_nothing_in_the_console(browser: WebDriver) -> None:
-    assert browser.get_log("browser") == []
+    assert browser.get_log("browser") == []  # type: ignore[attr-defined]
     loaded = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
     assert [name for name in browser.execute_script(loaded) if not name.startswith("data:")] == []
     assert "7 of 8" in one(browser, ".tiles").text
