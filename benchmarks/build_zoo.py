@@ -10,20 +10,17 @@ there, `--measure` measures them once more, now that the clean twin is known, an
 from __future__ import annotations
 
 import argparse
-import fcntl
 import fnmatch
 import json
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from unbackdoor.bench import zoo
-from unbackdoor.cli import training
+from unbackdoor.bench import training, zoo
+from unbackdoor.bench.spec import jobs, read_spec
 from unbackdoor.data import load_images
 from unbackdoor.errors import UnbackdoorError
 
@@ -51,42 +48,11 @@ def main() -> None:
     torch.set_num_threads(1)
     failed = [
         name
-        for name, job in jobs(options.spec, options.data, options.out).items()
+        for name, job in jobs(read_spec(options.spec), options.data, options.out).items()
         if any(fnmatch.fnmatch(name, pattern) for pattern in options.models) and not _build(name, job)
     ]
     if failed:
         sys.exit(f"not valid: {', '.join(failed)}")
-
-
-def jobs(spec: Path, data: str, out: Path) -> dict[str, training.Job]:
-    """Return the jobs that a specification describes, by model name."""
-    content = tomllib.loads(spec.read_text())
-    defaults = content["defaults"]
-    return {name: _job(values, defaults, data, out / name) for name, values in content["models"].items()}
-
-
-def _job(values: dict[str, Any], defaults: dict[str, Any], data: str, out: Path) -> training.Job:
-    plain = values.get("plain", False)
-    twin = defaults.get("twin") if values["attack"] != training.CLEAN else None
-    return training.Job(
-        name=values["attack"],
-        data=data,
-        out=out,
-        arch=values.get("arch", defaults.get("arch", "resnet18")),
-        width=values.get("width", defaults.get("width", 16)),
-        epochs=values.get("epochs", defaults["epochs"]),
-        settings=(*([] if plain else defaults["set"]), *values.get("set", [])),
-        split="train",
-        test_split="test",
-        limit=None,
-        image_size=None,
-        normalize=defaults.get("normalize", "cifar10"),
-        seed=values["seed"],
-        device="auto",
-        half=True,
-        twin=out.parent / twin if twin and (out.parent / twin / "card.json").exists() else None,
-        stem=values.get("stem", defaults.get("stem", "3x3")),
-    )
 
 
 def _side_by_side(options: argparse.Namespace) -> int:
@@ -98,21 +64,16 @@ def _side_by_side(options: argparse.Namespace) -> int:
 
 
 def _build(name: str, job: training.Job) -> bool:
-    """Train one model unless another process does; return False if it is there and not valid."""
-    job.out.mkdir(parents=True, exist_ok=True)
+    """Train one model unless another process does; return False if it failed, or its attack did."""
     if (job.out / "card.json").exists():
         return True
-    with (job.out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        try:
-            card = training.run(job, lambda stage, done, total: _say(name, f"{stage} {done}/{total}"))
-        except UnbackdoorError as error:
-            _say(name, f"error: {error}")
-            return False
-        (job.out / ".lock").unlink()
+    try:
+        card = training.run_alone(job, lambda stage, done, total: _say(name, f"{stage} {done}/{total}"))
+    except UnbackdoorError as error:
+        _say(name, f"error: {error}")
+        return False
+    if card is None:
+        return True
     _say(name, json.dumps({key: rate["value"] for key, rate in card["metrics"].items()}))
     problems: list[str] = card.get("validity", {}).get("problems", [])
     for problem in problems:

@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import os
-import subprocess
-import sys
 from pathlib import Path
-
-import torch
 
 from unbackdoor.bench import zoo
 from unbackdoor.bench.cell import Cell
-from unbackdoor.bench.defend import Bench, cell_of, run
+from unbackdoor.bench.defend import Lines, cell_of
+from unbackdoor.bench.executors import Inline, Pool
+from unbackdoor.bench.laboratory import Laboratory
+from unbackdoor.bench.runner import drive
 from unbackdoor.bench.store import Store
 from unbackdoor.bench.tables import model_table, summary_table
-from unbackdoor.data import load_images
 from unbackdoor.purify.registry import PURIFIERS
 
 TUNING = ("badnets", "badnets-1pct", "blend", "cl", "clean", "dfst", "iab", "wanet")
@@ -38,7 +35,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", type=Path)
+    parser.add_argument("--data")
     parser.add_argument("--zoo", type=Path, default=Path("zoo"))
     parser.add_argument("--methods", nargs="+", default=list(PURIFIERS))
     parser.add_argument("--models", nargs="+", default=["*"], help="names or patterns")
@@ -59,17 +56,9 @@ def main() -> None:
         return
     if options.data is None:
         parser.error("--data is needed to compute anything")
-    if options.jobs > 1:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        arguments = [*sys.argv[1:], "--jobs", "1"]
-        workers = [
-            subprocess.Popen([sys.executable, __file__, *arguments], env=environment)  # noqa: S603
-            for _ in range(options.jobs)
-        ]
-        sys.exit(max(worker.wait() for worker in workers))
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    train, test = load_images(options.data, split="train"), load_images(options.data, split="test")
-    run(Bench(options.zoo, train, test), cells(options), store, said=lambda line: print(line, flush=True))
+    executor = Inline() if options.jobs == 1 else Pool(options.jobs)
+    laboratory = Laboratory(options.data, (options.zoo,))
+    drive(cells(options), laboratory, store, executor, watcher=Lines(lambda line: print(line, flush=True)))
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:

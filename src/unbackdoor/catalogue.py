@@ -104,6 +104,11 @@ def entry(kind: str, cls: type[Any]) -> Entry:
     return Entry(kind, dashed(cls.name), cls.title, cls.source, cls.needs, summary)
 
 
+def version_of(cls: type[Any]) -> int:
+    """Return the version of a method's code: its ``version``, raised when results change, or 1."""
+    return int(getattr(cls, "version", 1))
+
+
 def description(cls: type[Any]) -> str:
     """Return the docstring of a method without its list of options."""
     return re.split(r"^Args:$", inspect.cleandoc(cls.__doc__ or ""), maxsplit=1, flags=re.MULTILINE)[

@@ -23,6 +23,22 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def device_named(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` takes CUDA where there is some.
+
+    Raises:
+        InvalidInputError: If it is not available.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInputError(f"device {name!r} is not available here; use cpu or auto.") from error
+    return device
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Say whether bf16 matrix products are faster than fp32 ones on ``device``.
 

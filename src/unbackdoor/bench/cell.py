@@ -6,21 +6,29 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Task = Literal["purify", "detect", "ablate"]
 
 VERSION = 1
 """Raised when the meaning of a cell changes: old records are no answers to new questions."""
 
+USUAL_IMAGES = 500
+"""Clean images that labels don't mention."""
+
+LATER: dict[str, Any] = {"task": "purify", "samples": 0, "method_version": 1}
+"""Fields that came after the first records, with what those meant: equal questions keep their keys."""
+
 
 @dataclass(frozen=True)
 class Cell:
-    """A defence on a model, with everything that decides the result.
+    """A method on a model, with everything that decides the result.
 
     Args:
-        model: Name of the model in its zoo.
+        model: Name of the model in its zoo; attack, options and architecture are those of its weights.
         model_sha256: Hash of its weights: a model trained anew is another model.
         data: The data set that clean and test images come from, by its name.
-        method: Name of the purifier.
+        method: Name of the purifier or detector.
         paper: Whether it starts from the settings of its paper.
         options: Options set on top, as ``--set`` takes them.
         settings: All options that result, so that a changed default is a new question.
@@ -28,6 +36,9 @@ class Cell:
         seed: Draws the clean images and drives the defence.
         test_images: Test images that CA, ASR and RA are measured on; 0 for all.
         reactivate: Whether the re-activation tests are run as well.
+        task: ``purify``; ``detect``; or ``ablate``, which removes every filter in turn.
+        samples: Images of the suspect training set that a detector of training sets gets; 0 for all.
+        method_version: Of the method's code, raised when its results change.
     """
 
     model: str
@@ -37,19 +48,36 @@ class Cell:
     paper: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
-    clean_images: int = 500
+    clean_images: int = USUAL_IMAGES
     seed: int = 0
     test_images: int = 0
     reactivate: bool = False
+    task: Task = "purify"
+    samples: int = 0
+    method_version: int = 1
 
     def describe(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return asdict(self)
+        """Return JSON values; fields that came later are left out where they say what was meant before."""
+        return {k: v for k, v in asdict(self).items() if k not in LATER or v != LATER[k]}
 
     @property
     def key(self) -> str:
         """SHA-256 of the canonical JSON text, in hexadecimal: equal cells have equal keys."""
         return key_of({"version": VERSION, **self.describe()})
+
+    @property
+    def label(self) -> str:
+        """A few words for people."""
+        words = ["paper"] if self.paper else []
+        words += [f"{name}={value}" for name, value in self.options.items()]
+        settings = f" ({', '.join(words)})" if words else ""
+        images = f" {self.clean_images} images" if self.clean_images != USUAL_IMAGES else ""
+        return f"{self.model} {self.method}{settings}{images} seed {self.seed}"
+
+    @property
+    def group(self) -> str:
+        """Cells of a group take about the same time."""
+        return f"{self.task} {self.method}{' (paper)' if self.paper else ''} {self.clean_images}"
 
 
 def key_of(description: Mapping[str, Any]) -> str:

@@ -1,27 +1,34 @@
-"""Answer one cell: purify a model of a zoo, measure what is left of its backdoor, and record both."""
+"""Answer one cell: treat a model of a zoo, measure what came of it, and record both."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import nn
 
 from unbackdoor import rng
 from unbackdoor.bench import zoo
 from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.cell import Task as CellTask
+from unbackdoor.bench.detecting import detect
+from unbackdoor.bench.executors import Inline
+from unbackdoor.bench.executors.base import Task
+from unbackdoor.bench.methods import configured
+from unbackdoor.bench.recording import notes, series
 from unbackdoor.bench.records import Question, answered
+from unbackdoor.bench.runner import Tally, Watcher, drive
+from unbackdoor.bench.saliency import ablations
 from unbackdoor.bench.store import Record, Store
-from unbackdoor.catalogue import options_of
+from unbackdoor.catalogue import options_of, version_of
 from unbackdoor.costs import metered
 from unbackdoor.data.splits import draw_balanced
 from unbackdoor.evaluate import clean_accuracy, evaluate
-from unbackdoor.purify.registry import purifier_named
 from unbackdoor.reactivate import reactivation
-from unbackdoor.settings import configure
-from unbackdoor.types import Infected, LabelledImages, Progress, Purified, silent
+from unbackdoor.types import Infected, LabelledImages, Progress, silent
 
 Asked = TypeVar("Asked", bound=Question)
 Asked_contra = TypeVar("Asked_contra", bound=Question, contravariant=True)
@@ -40,41 +47,59 @@ class Bench:
     """What cells are answered with.
 
     Args:
-        root: The zoo.
+        homes: Folders in which models are looked for, in turn: the zoo, and those that a run trained.
         train: Where the clean images are drawn from.
         test: What is measured on.
+        device: Where networks run.
     """
 
-    root: Path
+    homes: Sequence[Path]
     train: LabelledImages
     test: LabelledImages
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def answer(self, cell: Cell, *, progress: Progress = silent) -> Record:
-        """Return the record of ``cell``; what the defence refuses or fails at is a record too.
+        """Return the record of ``cell``; what the method refuses or fails at is a record too.
 
         Args:
             cell: The question.
-            progress: Called during the defence.
+            progress: Called during the work.
         """
-        return answered(cell, lambda: self._measure(cell, progress))
+        return answered(cell, lambda log: self._measure(cell, log), progress=progress, device=self.device)
+
+    def entry(self, name: str) -> zoo.Entry:
+        """Return a model.
+
+        Raises:
+            InvalidInputError: If there is none of that name.
+        """
+        for home in self.homes:
+            if (home / name / "card.json").exists():
+                return zoo.entry_at(home / name)
+        return zoo.entry_named(self.homes[0], name)
 
     def _measure(self, cell: Cell, progress: Progress) -> dict[str, Any]:
-        entry = zoo.entry_named(self.root, cell.model)
+        entry = self.entry(cell.model)
         infected = None if entry.is_clean else zoo.load_infected(entry)
-        model = infected.model if infected else zoo.load_network(entry)
-        method = _method(cell.method, cell.paper, cell.options)
+        model = (infected.model if infected else zoo.load_network(entry)).to(self.device)
+        suspect = Suspect(model, infected, _history(entry))
+        answers = {"purify": self._purify, "detect": self._detect, "ablate": self._ablate}
+        return {**suspect.history, **answers[cell.task](cell, suspect, progress)}
+
+    def _purify(self, cell: Cell, suspect: Suspect, progress: Progress) -> dict[str, Any]:
+        method = configured("purify", cell.method, cell.paper, cell.options)
         clean = draw_balanced(self.train, cell.clean_images, rng.generator(cell.seed))
         with metered() as cost:
-            purified = method.purify(model, clean, generator=rng.generator(cell.seed), progress=progress)
-        test = self.test
-        if cell.test_images:
-            test = draw_balanced(test, cell.test_images, rng.generator(0))
+            purified = method.purify(
+                suspect.model, clean, generator=rng.generator(cell.seed), progress=progress
+            )
+        test, infected = self._tested(cell), suspect.infected
         result = {
-            "attack": entry.card.get("attack"),
-            "before": _rates(model, infected, test),
+            "before": _rates(suspect.model, infected, test),
             "after": _rates(purified.model, infected, test),
             "filters_removed": purified.mask.n_removed if purified.mask else None,
-            "notes": _notes(purified),
+            "notes": notes(purified.diagnostics),
+            "series": series(purified.diagnostics),
             "cost": cost.describe(),
         }
         if cell.reactivate and infected:
@@ -88,6 +113,51 @@ class Bench:
             result["reactivated"] = {name: rate.describe() for name, rate in rates.items()}
         return result
 
+    def _detect(self, cell: Cell, suspect: Suspect, progress: Progress) -> dict[str, Any]:
+        method = configured("detect", cell.method, cell.paper, cell.options)
+        clean = draw_balanced(self.train, cell.clean_images, rng.generator(cell.seed))
+        with metered() as cost:
+            found = detect(
+                method, suspect.model, suspect.infected, clean,
+                train=self.train, test=self._tested(cell), samples=cell.samples,
+                generator=rng.generator(cell.seed), progress=progress,
+            )  # fmt: skip
+        return {**found, "cost": cost.describe()}
+
+    def _ablate(self, cell: Cell, suspect: Suspect, progress: Progress) -> dict[str, Any]:
+        images = draw_balanced(self.test, cell.clean_images, rng.generator(cell.seed))
+        with metered() as cost:
+            found = ablations(suspect.model, suspect.infected, images, progress=progress)
+        return {**found, "cost": cost.describe()}
+
+    def _tested(self, cell: Cell) -> LabelledImages:
+        return draw_balanced(self.test, cell.test_images, rng.generator(0)) if cell.test_images else self.test
+
+
+@dataclass(frozen=True, eq=False)
+class Suspect:
+    """A model with what its attack left behind.
+
+    Args:
+        model: The network.
+        infected: Trigger, plan and label rule; None for a clean model.
+        history: What its card says of how it was made.
+    """
+
+    model: nn.Module
+    infected: Infected | None
+    history: Mapping[str, Any]
+
+
+def _history(entry: zoo.Entry) -> dict[str, Any]:
+    card = entry.card
+    job = card.get("job", {})
+    trained = {key: job[key] for key in ("arch", "width", "epochs") if key in job}
+    trained |= {key: card[key] for key in ("poisoned", "label_rule") if key in card}
+    if "validity" in card:
+        trained["valid"] = card["validity"].get("valid")
+    return {"attack": card.get("attack"), "trained": trained}
+
 
 def cell_of(
     entry: zoo.Entry,
@@ -96,25 +166,23 @@ def cell_of(
     data: str,
     paper: bool = False,
     options: Mapping[str, str] | None = None,
+    task: CellTask = "purify",
     **rest: Any,  # noqa: ANN401 - the other fields of a cell
 ) -> Cell:
     """Return the cell of a method on a model of a zoo, with all options spelt out."""
-    configured = _method(method, paper, options or {})
+    one = configured(task, method, paper, options or {})
     return Cell(
         model=entry.name,
         model_sha256=str(entry.card["sha256"]),
         data=data,
-        method=configured.name,
+        method=one.name,
         paper=paper,
         options=dict(options or {}),
-        settings={option.path: option.default for option in options_of(configured)},
+        settings={option.path: option.default for option in options_of(one)},
+        task=task,
+        method_version=version_of(type(one)),
         **rest,
     )
-
-
-def _method(name: str, paper: bool, options: Mapping[str, str]) -> Any:  # noqa: ANN401
-    assignments = [f"{path}={value}" for path, value in options.items()]
-    return configure(purifier_named(name, paper=paper), assignments)
 
 
 def run(
@@ -122,7 +190,6 @@ def run(
     cells: Iterable[Asked],
     store: Store,
     *,
-    progress: Progress = silent,
     said: Any = print,  # noqa: ANN401 - anything that takes a line
 ) -> None:
     """Answer the cells that nobody has answered yet, in turn; others may run the same list beside.
@@ -131,42 +198,39 @@ def run(
         bench: What they are answered with.
         cells: The questions.
         store: Where the records go.
-        progress: Called during each defence.
         said: Called with a line for each new record.
     """
-    for cell in cells:
-        if cell.key in store.records():
-            continue
-        with store.claim(cell.key) as free:
-            if not free or cell.key in store.records():
-                continue
-            record = bench.answer(cell, progress=progress)
-            store.add(record)
-        said(_line(cell, record))
+    drive(list(cells), bench.answer, store, Inline(), watcher=Lines(said))
 
 
-def _line(cell: Question, record: Record) -> str:
-    what = f"{cell.model} {cell.method}{' (paper)' if cell.paper else ''} seed {cell.seed}"
+class Lines(Watcher):
+    """Says a line for each new record."""
+
+    def __init__(self, said: Any) -> None:  # noqa: ANN401 - anything that takes a line
+        self.said = said
+
+    def ended(self, task: Task, record: Record, tally: Tally) -> None:
+        """Say what came of a task."""
+        self.said(line_of(task.label, record))
+
+
+def line_of(label: str, record: Record) -> str:
+    """Return one line on a record."""
     if record["status"] != "ok":
-        return f"{what}: {record['status']}: {record['problem']}"
+        return f"{label}: {record['status']}: {record['problem']}"
+    spent = f"{record.get('seconds', 0):.1f} s"
+    if "after" not in record:
+        score = record.get("score")
+        found = "" if score is None else f"score {score:.3g}, threshold {record['threshold']:.3g}; "
+        return f"{label}: {found}{spent}"
     before, after = record["before"], record["after"]
     changes = ", ".join(
         f"{name} {100 * before[name]['value']:.2f} -> {100 * after[name]['value']:.2f}" for name in after
     )
-    return f"{what}: {changes}; {record['cost']['seconds']:.1f} s"
+    return f"{label}: {changes}; {spent}"
 
 
 def _rates(model: nn.Module, infected: Infected | None, test: LabelledImages) -> dict[str, Any]:
     if infected is None:
         return {"clean_accuracy": clean_accuracy(model, test).describe()}
     return evaluate(model, test, infected.trigger, infected.label_rule).describe()
-
-
-def _notes(purified: Purified) -> dict[str, Any]:
-    """Keep what tells one decision of a method from another, and leave its long lists out."""
-    short = (str, int, float, bool, type(None))
-    return {
-        name: value
-        for name, value in purified.diagnostics.items()
-        if isinstance(value, short) and name != "options"
-    }

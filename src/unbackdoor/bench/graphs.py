@@ -61,6 +61,19 @@ class GraphCell:
         """Equal cells have equal keys."""
         return key_of({"kind": "graph", "version": VERSION, **self.describe()})
 
+    @property
+    def label(self) -> str:
+        """A few words for people."""
+        words = ["paper"] if self.paper else []
+        words += [f"{name}={value}" for name, value in self.options.items()]
+        settings = f" ({', '.join(words)})" if words else ""
+        return f"{self.model} {self.method}{settings} seed {self.seed}"
+
+    @property
+    def group(self) -> str:
+        """Cells of a group take about the same time."""
+        return f"{self.model} {self.method}"
+
     def describe(self) -> dict[str, Any]:
         """Return JSON values."""
         return {"model": self.model, **asdict(self)}
@@ -130,7 +143,7 @@ class GraphBench:
             cell: The question.
             progress: Called during the work.
         """
-        return answered(cell, lambda: self._measure(cell, progress))
+        return answered(cell, lambda log: self._measure(cell, log), progress=progress)
 
     def _measure(self, cell: GraphCell, progress: Progress) -> dict[str, Any]:
         staged, undefended = self._staged(cell, progress)

@@ -33,15 +33,9 @@ class Store:
         """Return all records by key; of several with one key, the last."""
         if not self.path.exists():
             return {}
-        found = {}
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # a line that a crash cut off
-                continue
-            if isinstance(record, dict) and isinstance(record.get("key"), str):
-                found[record["key"]] = record
-        return found
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        records = [record for line in lines if (record := _parsed(line)) is not None]
+        return {record["key"]: record for record in records}
 
     def add(self, record: Record) -> None:
         """Append one record; it is on the disk when this returns."""
@@ -74,6 +68,39 @@ class Store:
                 yield True
             finally:
                 lock.unlink(missing_ok=True)
+
+
+class Follower:
+    """Reads what was added to a store since it last looked, by whomever.
+
+    Args:
+        store: Its file may not exist yet.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._path = store.path
+        self._position = 0
+
+    def new(self) -> list[Record]:
+        """Return the records added since the last call, the oldest first."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            text = file.read()
+        # A line without an end is being written, or was cut off and will be closed by the next writer.
+        whole = text[: text.rfind(b"\n") + 1]
+        self._position += len(whole)
+        return [record for line in whole.splitlines() if (record := _parsed(line)) is not None]
+
+
+def _parsed(line: bytes | str) -> Record | None:
+    """Return the record in a line; None for one that a crash cut off."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("key"), str) else None
 
 
 def _locked(file: IO[str], path: Path) -> bool:

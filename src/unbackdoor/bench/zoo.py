@@ -63,6 +63,15 @@ def entries(root: Path) -> list[Entry]:
     return found
 
 
+def entry_at(folder: Path) -> Entry:
+    """Return the model in ``folder``.
+
+    Raises:
+        InvalidInputError: If its card cannot be read.
+    """
+    return Entry(folder.name, folder, read_card(folder))
+
+
 def entry_named(root: Path, name: str) -> Entry:
     """Return one model.
 

@@ -8,6 +8,7 @@ import traceback
 import typer
 
 from unbackdoor.cli.attack import attack
+from unbackdoor.cli.bench import bench
 from unbackdoor.cli.calibrate import calibrate
 from unbackdoor.cli.demo import demo
 from unbackdoor.cli.evaluate import evaluate
@@ -16,6 +17,7 @@ from unbackdoor.cli.methods import methods
 from unbackdoor.cli.purify import purify
 from unbackdoor.cli.report import report
 from unbackdoor.cli.scan import scan
+from unbackdoor.cli.tables import tables
 from unbackdoor.cli.zoo import zoo
 from unbackdoor.errors import UnbackdoorError
 
@@ -30,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find and remove backdoors in PyTorch image classifiers, given a few hundred clean images.",
 )
-for command in (scan, calibrate, purify, evaluate, attack, methods, report, demo):
+for command in (scan, calibrate, purify, evaluate, attack, methods, bench, tables, report, demo):
     app.command()(command)
 app.add_typer(zoo, name="zoo")
 app.add_typer(graph, name="graph")

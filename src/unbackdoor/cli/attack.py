@@ -61,7 +61,8 @@ def attack(
     """
     import json
 
-    from unbackdoor.cli import console, show, training
+    from unbackdoor.bench import training
+    from unbackdoor.cli import console, show
 
     job = training.Job(
         name=name,

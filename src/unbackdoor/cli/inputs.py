@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from unbackdoor import rng
+from unbackdoor.compute import device_named
 from unbackdoor.data import check_against_model, clean_draw, load_images
 from unbackdoor.data.splits import balanced_order, split
 from unbackdoor.errors import InvalidInputError
@@ -188,19 +189,3 @@ def _numbers(text: str | None, option: str) -> list[float] | None:
         return [float(part) for part in text.replace(",", " ").split()]
     except ValueError as error:
         raise InvalidInputError(f"{option} must be numbers such as 0.49,0.48,0.45, got {text!r}.") from error
-
-
-def device_named(name: str) -> torch.device:
-    """Return the device called ``name``; ``auto`` takes CUDA where there is some.
-
-    Raises:
-        InvalidInputError: If it is not available.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidInputError(f"device {name!r} is not available here; use cpu or auto.") from error
-    return device

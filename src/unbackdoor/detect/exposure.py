@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from unbackdoor import rng
 from unbackdoor.compute import check_fits, device_of
+from unbackdoor.filters.ablation import ablate
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.magnitude import layer_normalised, magnitudes
-from unbackdoor.filters.saliency import exact_saliency, spearman, taylor_saliency
+from unbackdoor.filters.saliency import spearman, taylor_saliency
 from unbackdoor.suppression import Suppressed, Suppression, suppress
 from unbackdoor.types import LabelledImages, Progress, as_float, silent
 
@@ -97,13 +98,9 @@ def _saliency(
     if statistic.saliency == "taylor":
         return taylor_saliency(model, clean, filter_map, head=statistic.head)
     groups = filter_map.groups if statistic.head else filter_map.prunable
-    return {
-        group.name: torch.tensor(
-            exact_saliency(model, clean, filter_map, [(group.name, j) for j in range(group.filters)]),
-            device=device_of(model),
-        )
-        for group in groups
-    }
+    filters = [(group.name, index) for group in groups for index in range(group.filters)]
+    changes = ablate(model, clean, filter_map, filters).changes()
+    return {name: values.float().to(device_of(model)) for name, values in changes.items()}
 
 
 def expose(

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor.compute import EVALUATION_BATCH, device_of, logits_of, memory_format_for, mode
+from unbackdoor.filters.ablation import ablate
 from unbackdoor.filters.groups import FilterMap
-from unbackdoor.filters.mask import FilterMask, PruneMode
+from unbackdoor.filters.mask import PruneMode
 from unbackdoor.types import LabelledImages, as_float
 
 
@@ -83,7 +84,7 @@ def exact_saliency(
     *,
     prune_mode: PruneMode = "silence",
 ) -> list[float]:
-    """Return the change of the clean loss when each filter alone is removed (MNP, Eq. 2), one pass each.
+    """Return the change of the clean loss when each filter alone is removed (MNP, Eq. 2).
 
     Args:
         model: The network; left untouched.
@@ -92,13 +93,9 @@ def exact_saliency(
         filters: (layer, filter) pairs.
         prune_mode: What removing means.
     """
-    base = clean_loss(model, clean)
-    full = FilterMask.full(filter_map)
-    changes = []
-    for one in filters:
-        removed = full.without([one]).apply(model, filter_map, prune_mode=prune_mode)
-        changes.append(clean_loss(removed, clean) - base)
-    return changes
+    places = list(filters)
+    changes = ablate(model, clean, filter_map, places, prune_mode=prune_mode).changes()
+    return [float(changes[layer][index]) for layer, index in places]
 
 
 def spearman(a: Tensor, b: Tensor) -> float:

@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from unbackdoor.errors import InvalidInputError
+from unbackdoor.models.densenet import DenseNet
 from unbackdoor.models.resnet import BasicBlock, Bottleneck, PreActResNet, ResNet
 from unbackdoor.models.vgg import VGG
+from unbackdoor.models.vit import ViT
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "resnet10": lambda **options: ResNet(BasicBlock, (1, 1, 1, 1), **options),
@@ -23,6 +25,8 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "vgg11_bn": lambda **options: VGG(11, **options),
     "vgg16": lambda **options: VGG(16, norm=False, **options),
     "vgg16_bn": lambda **options: VGG(16, **options),
+    "densenet40": lambda **options: DenseNet((6, 6, 6), **options),
+    "vit_small": lambda **options: ViT(6, 4, **options),
 }
 """Name to constructor; all take ``num_classes``, ``width`` and ``in_channels``."""
 

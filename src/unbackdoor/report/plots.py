@@ -42,7 +42,7 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", ACCENT: "--accent", BAD: "--bad"}
 DEPTH_COLOURS = ("#2f7ed8", "#8a63d2", "#d9467a", "#e8853a")
 """From the first layer to the last: of middle lightness, so that they show on white and on black."""
 
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "unbackdoor",
     "text.parse_math": False,  # names come from untrusted files, and a $ in them is no formula
@@ -235,17 +235,17 @@ def _plot(
 ) -> str:
     matplotlib = require("matplotlib", extra="plots")
     figures = require("matplotlib.figure", extra="plots")
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # The browser draws the text: that matplotlib's own font lacks a letter only blurs its layout.
         warnings.filterwarnings("ignore", message="Glyph")
         figure: Figure = figures.Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure.add_subplot())
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, dpi=180)
-    return _inline(text.getvalue(), name=name, title=title, description=description)
+    return inline(text.getvalue(), name=name, title=title, description=description)
 
 
-def _inline(svg: str, *, name: str, title: str, description: str) -> str:
+def inline(svg: str, *, name: str, title: str, description: str) -> str:
     """Make a stand-alone SVG file fit for a page: no prolog, no outside names, unique ids, CSS colours."""
     size = re.search(r'viewBox="([^"]+)"', svg)
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from unbackdoor import rng
 from unbackdoor.attacks import BadNets
@@ -12,8 +13,16 @@ from unbackdoor.bench import zoo
 from unbackdoor.bench.artefact import save_clean, save_infected
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.defend import Bench, cell_of, run
-from unbackdoor.bench.store import Store
+from unbackdoor.bench.detecting import area, training_set
+from unbackdoor.bench.recording import series
+from unbackdoor.bench.saliency import triggered
+from unbackdoor.bench.store import Record, Store
+from unbackdoor.data.splits import draw_balanced
+from unbackdoor.errors import InvalidInputError
+from unbackdoor.filters import find_filters
+from unbackdoor.filters.saliency import clean_loss, exact_saliency
 from unbackdoor.models import build
+from unbackdoor.purify import CLP
 from unbackdoor.testing.subjects import small_data
 from unbackdoor.train import Recipe
 
@@ -32,11 +41,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     job = {"job": {"arch": "resnet10"}}
     save_clean(root / "clean", infected.model, TEST, seed=0, record=job)
     save_infected(root / "badnets", infected, TEST, attack=attack, seed=0, extra=job)
-    return Bench(root, TRAIN, TEST)
+    return Bench((root,), TRAIN, TEST)
 
 
 def cell(bench: Bench, model: str, method: str, **options: str) -> Cell:
-    entry = zoo.entry_named(bench.root, model)
+    entry = bench.entry(model)
     return cell_of(
         entry, method, data="small", options=options, clean_images=32, reactivate=model == "badnets"
     )
@@ -74,9 +83,119 @@ def test_finished_cells_are_not_answered_again(bench: Bench, tmp_path: Path) -> 
     cells = [cell(bench, "clean", "clp"), cell(bench, "clean", "bnp")]
     run(bench, cells[:1], store, said=lines.append)
     run(bench, cells, store, said=lines.append)
-    assert [line.split(":")[0] for line in lines] == ["clean clp seed 0", "clean bnp seed 0"]
+    assert [line.split(":")[0] for line in lines] == [
+        "clean clp 32 images seed 0",
+        "clean bnp 32 images seed 0",
+    ]
     assert list(store.records()) == [each.key for each in cells]
     with store.claim(cells[0].key):
         store.path.unlink()
         run(bench, cells[:1], store, said=lines.append)
     assert len(lines) == 2  # somebody else works on it
+
+
+def test_old_questions_keep_their_keys_and_new_ones_have_others(bench: Bench) -> None:
+    one = cell(bench, "badnets", "clp")
+    assert not {"task", "samples", "method_version"} & set(one.describe())
+    assert len({one.key, replace(one, method_version=2).key, replace(one, samples=5).key}) == 3
+    assert one.label == "badnets clp 32 images seed 0"
+    assert replace(one, paper=True, options={"u": "2"}).label == "badnets clp (paper, u=2) 32 images seed 0"
+
+
+def test_a_record_has_a_log_the_courses_and_how_the_model_was_made(bench: Bench) -> None:
+    record = bench.answer(cell(bench, "badnets", "fp", **{"recipe.epochs": "2"}))
+    assert record["trained"]["label_rule"] == {"rule": "all_to_one", "target_class": 0}
+    assert record["trained"]["poisoned"] == 24
+    assert any(line.endswith("2 of 2") for line in record["log"]), record["log"]
+    assert series({"options": {"a": [1, 2]}, "b": {"losses": [1.0, float("nan")]}, "c": [1], "d": "x"}) == {
+        "b.losses": [1.0, None]
+    }
+    assert series(
+        {"walk": [{"layer": "a", "filter": 3, "loss": 0.123456}, {"layer": "b", "loss": None}]}
+    ) == {"walk.loss": [0.1235, None]}
+    assert len(series({"long": list(range(1000))})["long"]) == 200
+
+
+def test_a_bug_in_a_method_is_a_record(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: CLP, *_: object, **__: object) -> None:
+        raise KeyError("layer")
+
+    monkeypatch.setattr(CLP, "purify", broken)
+    record = bench.answer(cell(bench, "clean", "clp"))
+    assert (record["status"], record["problem"]) == ("failed", "KeyError: 'layer'")
+
+
+def detection(bench: Bench, model: str, method: str, *, samples: int = 0, **options: str) -> Record:
+    one = cell_of(
+        bench.entry(model),
+        method,
+        data="small",
+        task="detect",
+        options=options,
+        clean_images=32,
+        samples=samples,
+    )
+    return bench.answer(one)
+
+
+def test_detectors_of_models_training_sets_and_inputs_are_asked_in_their_ways(bench: Bench) -> None:
+    model = detection(bench, "badnets", "collapse", **{"suppression.budget": "5"})
+    assert (model["kind"], model["true_target"]) == ("model", 0)
+    assert model["flagged"] is (None if model["undetermined"] else model["score"] >= model["threshold"])
+    trained_on = detection(bench, "badnets", "sc", samples=60)
+    assert trained_on["status"] == "ok", trained_on
+    assert trained_on["kind"] == "training set"
+    inputs = detection(bench, "badnets", "strip", n="4")
+    assert inputs["kind"] == "inputs"
+    assert inputs["inputs_caught"]["n"] == 45  # of 60 test images, those that are not of the target class
+    assert 0 <= inputs["area_under_curve"] <= 1
+    json.dumps([model, trained_on, inputs], allow_nan=False)
+    refused = detection(bench, "clean", "strip")
+    assert (refused["status"], "no triggered inputs" in refused["problem"]) == ("refused", True)
+
+
+def test_the_suspect_training_set_carries_the_poison(bench: Bench) -> None:
+    infected = zoo.load_infected(bench.entry("badnets"))
+    shown = training_set(TRAIN, infected, 0, rng.generator(0))
+    changed = (shown.images != TRAIN.images).flatten(1).any(1)
+    poisoned = torch.zeros(len(TRAIN), dtype=torch.bool)
+    poisoned[infected.plan.indices] = True
+    assert not (changed & ~poisoned).any()
+    assert torch.equal(shown.labels[infected.plan.indices], infected.plan.new_labels)
+    assert len(training_set(TRAIN, infected, 30, rng.generator(0))) == 30
+    assert training_set(TRAIN, None, 0, rng.generator(0)) is TRAIN
+    with pytest.raises(InvalidInputError, match="of a training set of 10"):
+        training_set(TRAIN.subset(torch.arange(10)), infected, 0, rng.generator(0))
+
+
+def test_the_area_under_the_curve_by_hand() -> None:
+    assert area(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0])) == 0.75
+    assert area(torch.tensor([1.0]), torch.tensor([1.0, 1.0])) == 0.5
+
+
+def test_every_filter_is_measured_on_clean_and_triggered_images(bench: Bench) -> None:
+    entry = bench.entry("badnets")
+    record = bench.answer(cell_of(entry, "ablate", data="small", task="ablate", clean_images=12))
+    assert record["status"] == "ok", record
+    infected = zoo.load_infected(entry)
+    images = draw_balanced(TEST, 12, rng.generator(0))
+    stamped = triggered(images, infected)
+    assert stamped.labels.tolist() == [0] * 12
+    assert record["backdoor_loss"] == pytest.approx(clean_loss(infected.model, stamped), abs=1e-5)
+    found = find_filters(infected.model, images.floats())
+    assert list(record["filters"]) == [group.name for group in found.prunable]
+    (change,) = exact_saliency(infected.model, stamped, found, [("conv1", 2)])
+    assert record["filters"]["conv1"]["blc"][2] == pytest.approx(change, rel=1e-3, abs=1e-6)
+    norm = float(infected.model.get_parameter("conv1.weight")[2].detach().norm())
+    assert record["filters"]["conv1"]["magnitude"][2] == pytest.approx(norm, rel=1e-3)
+    clean = bench.answer(
+        cell_of(bench.entry("clean"), "ablate", data="small", task="ablate", clean_images=12)
+    )
+    assert set(clean["filters"]["conv1"]) == {"magnitude", "clc"}
+
+
+def test_models_are_looked_for_in_all_homes(bench: Bench, tmp_path: Path) -> None:
+    other = Bench((tmp_path, bench.homes[0]), TRAIN, TEST)
+    assert other.entry("badnets").folder == bench.homes[0] / "badnets"
+    with pytest.raises(InvalidInputError, match="no model 'lira'; it has badnets, clean"):
+        bench.entry("lira")

@@ -1,7 +1,8 @@
-"""The work behind ``unbackdoor attack``."""
+"""Train one model of a benchmark, infected or clean: resumable, measured, kept in a folder with its card."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shlex
 import time
@@ -23,7 +24,8 @@ from unbackdoor.bench.artefact import (
 )
 from unbackdoor.bench.validity import check_infected
 from unbackdoor.bench.zoo import Entry, update_card
-from unbackdoor.cli.inputs import DataOptions, device_named, read_data
+from unbackdoor.compute import device_named
+from unbackdoor.data import load_images
 from unbackdoor.data.splits import draw_balanced
 from unbackdoor.errors import InvalidInputError, MismatchedCheckpointError
 from unbackdoor.models import NormalisedModel
@@ -128,8 +130,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     generator = rng.generator(job.seed)
     clock = Clock(job.out / "training-clock.json")
     progress = clock.ticking(progress)
-    data = read_data(DataOptions(job.data, job.split, image_size=job.image_size))
-    test = read_data(DataOptions(job.data, job.test_split, image_size=job.image_size))
+    data = load_images(job.data, split=job.split, image_size=job.image_size)
+    test = load_images(job.data, split=job.test_split, image_size=job.image_size)
     if job.limit is not None and job.limit < len(data):
         data = draw_balanced(data, job.limit, rng.spawn(generator))
     state = job.out / "training.safetensors"
@@ -168,6 +170,25 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     return card
 
 
+def run_alone(job: Job, progress: Progress) -> dict[str, Any] | None:
+    """Train the model unless another process of this machine does; return its card, or None if one does.
+
+    Raises:
+        InvalidInputError: As ``run``.
+    """
+    job.out.mkdir(parents=True, exist_ok=True)
+    if (job.out / "card.json").exists():
+        return run(job, progress)
+    with (job.out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        card = run(job, progress)
+        (job.out / ".lock").unlink()
+    return card
+
+
 def _twin(job: Job, data: LabelledImages) -> nn.Module | None:
     """Load the clean twin before the training, so that a wrong file does not cost one."""
     if job.twin is None:
@@ -196,7 +217,7 @@ def _with_twin(job: Job, card: dict[str, Any]) -> dict[str, Any]:
     validity = card.get("validity", {})
     if job.twin is None or card.get("attack") is None or validity.get("clean_twin_accuracy"):
         return card
-    test = read_data(DataOptions(job.data, job.test_split, image_size=job.image_size))
+    test = load_images(job.data, split=job.test_split, image_size=job.image_size)
     twin = _twin(job, test)
     network = _network(job, test)
     network.load_state_dict(read_tensors(job.out / "model.safetensors"))

@@ -1,0 +1,108 @@
+"""The place where tasks of a benchmark are done: data and models, by their paths.
+
+It travels to worker processes and other machines; data are read there, once a process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from unbackdoor.bench import training
+from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.defend import Bench
+from unbackdoor.bench.recording import Log, circumstances
+from unbackdoor.bench.store import Record
+from unbackdoor.compute import device_named
+from unbackdoor.data import load_images
+from unbackdoor.errors import UnbackdoorError
+from unbackdoor.types import LabelledImages, silent
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model that has to be trained; a task.
+
+    Args:
+        job: What decides which model comes out; its folder is named after the model.
+    """
+
+    job: training.Job
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of what decides the model, in hexadecimal."""
+        text = json.dumps({"training": self.job.describe(), "model": self.job.out.name}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def label(self) -> str:
+        """A few words for people."""
+        return f"train {self.job.out.name}"
+
+    @property
+    def group(self) -> str:
+        """Trainings of an attack take about the same time."""
+        return f"train {self.job.name} {self.job.arch} {self.job.width} {self.job.epochs}"
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """Does one task and returns its record.
+
+    Args:
+        data: The data set, with splits ``train`` and ``test``.
+        homes: Folders of models, looked at in turn.
+        device: ``auto``, ``cpu``, ``cuda`` ...
+    """
+
+    data: str
+    homes: tuple[Path, ...]
+    device: str = "auto"
+
+    def __call__(self, task: Cell | Training) -> Record:
+        """Answer a cell, or train a model."""
+        if isinstance(task, Training):
+            return self._train(task)
+        bench = Bench(
+            self.homes,
+            _images(self.data, "train"),
+            _images(self.data, "test"),
+            device=device_named(self.device),
+        )
+        return bench.answer(task)
+
+    def _train(self, task: Training) -> Record:
+        log, started = Log(silent), time.perf_counter()
+        record: Record = {
+            "key": task.key,
+            "kind": "training",
+            "model": task.job.out.name,
+            "command": task.job.command(),
+            **circumstances(device_named(self.device)),
+        }
+        try:
+            card = training.run_alone(task.job, log)
+        except UnbackdoorError as error:
+            result: Record = {"status": "refused", "problem": str(error)}
+        except Exception as error:  # noqa: BLE001 - one model must not end a grid
+            result = {"status": "failed", "problem": f"{type(error).__name__}: {error}"}
+        else:
+            result = _trained(task, card)
+        return record | result | {"log": log.lines(), "seconds": round(time.perf_counter() - started, 2)}
+
+
+def _trained(task: Training, card: Record | None) -> Record:
+    if card is None:
+        return {"status": "failed", "problem": f"another process trains {task.job.out}; start again later"}
+    problems = card.get("validity", {}).get("problems", [])
+    return {"status": "ok", "metrics": card["metrics"], "problems": problems}
+
+
+@lru_cache(maxsize=4)
+def _images(data: str, split: str) -> LabelledImages:
+    return load_images(data, split=split)

@@ -1,0 +1,129 @@
+"""What goes into a record beside the measurements: circumstances, a log, and the courses of a method."""
+
+from __future__ import annotations
+
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import unbackdoor
+from unbackdoor.types import Progress
+
+NAMES = ("filter", "step")
+"""Numbers in the steps of a method that only say which one it was."""
+
+LONGEST_SERIES = 200
+"""Longer courses are thinned out before they are recorded."""
+
+
+class Log:
+    """Passes progress on, and remembers how long each stage took."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._started = time.perf_counter()
+        self._stages: dict[str, list[float]] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Take note of a step; see ``types.Progress``."""
+        now = time.perf_counter() - self._started
+        first = self._stages.setdefault(stage, [now, now, done, total])
+        first[1:] = [now, done, total]
+        self._progress(stage, done, total)
+
+    def lines(self) -> list[str]:
+        """Return a line a stage: when its last step ended, and how many steps it had."""
+        return [
+            f"{last:8.1f} s  {stage}: {done:g} of {total:g}"
+            for stage, (_, last, done, total) in self._stages.items()
+        ]
+
+
+def notes(diagnostics: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep what tells one decision of a method from another, and leave its long lists out."""
+    short = (str, int, float, bool, type(None))
+    return {
+        name: value if not isinstance(value, float) or math.isfinite(value) else None
+        for name, value in diagnostics.items()
+        if isinstance(value, short) and name != "options"
+    }
+
+
+def series(diagnostics: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """Return the courses that a method noted down, such as a loss after each epoch, by their path.
+
+    Args:
+        diagnostics: JSON values; lists of numbers, and lists of steps with numbers, at any depth.
+    """
+    return dict(_series("", {key: value for key, value in diagnostics.items() if key != "options"}))
+
+
+def _series(path: str, value: Any) -> Iterator[tuple[str, list[float | None]]]:  # noqa: ANN401
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _series(f"{path}.{name}" if path else str(name), inner)
+    elif isinstance(value, (list, tuple)) and len(value) > 1:
+        if all(isinstance(each, Mapping) for each in value):
+            for name, first in value[0].items():
+                if isinstance(first, int | float) and name not in NAMES:
+                    yield from _series(f"{path}.{name}", [each.get(name) for each in value])
+        elif all(isinstance(each, int | float) or each is None for each in value):
+            yield path, _thinned(value)
+
+
+def _thinned(values: Sequence[float | None]) -> list[float | None]:
+    step = -(-len(values) // LONGEST_SERIES)
+    chosen = [*values[:: step or 1]]
+    return [float(f"{value:.4g}") if value is not None and math.isfinite(value) else None for value in chosen]
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """Return under which a record came about: versions, state of the code, device, time."""
+    return {
+        "unbackdoor": unbackdoor.__version__,
+        "git": _git_state(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "device": _device(device),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+@cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+@cache
+def _git_state() -> str | None:
+    """Return the commit that this code is of, with ``+`` if it was changed since; None outside a checkout."""
+    try:
+        head, changed = (
+            subprocess.run(  # noqa: S603
+                ["git", "-C", str(Path(__file__).parent), *arguments],  # noqa: S607
+                capture_output=True, text=True, check=True, timeout=10,
+            ).stdout.strip()
+            for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "src"))
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if changed else "")

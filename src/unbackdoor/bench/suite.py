@@ -1,0 +1,332 @@
+"""Suites: which methods are measured on which models, as TOML files that come with the package.
+
+A suite has sizes, each with its models (lists of models to train, ``suites/models/*.toml``, or ``zoo``), and
+grids: every method with every variant of its options on every model, for each number of clean images and each
+seed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.defend import cell_of
+from unbackdoor.bench.laboratory import Training
+from unbackdoor.bench.methods import METHODS, configured
+from unbackdoor.bench.spec import check_spec, jobs, read_spec
+from unbackdoor.bench.training import Job
+from unbackdoor.bench.zoo import Entry, entry_at
+from unbackdoor.catalogue import find, options_of
+from unbackdoor.errors import InvalidInputError
+
+ZOO = "zoo"
+"""The name of the list of models that is ``zoo.toml`` in the zoo itself."""
+
+FACTORS = (0.5, 2.0)
+"""By which an option is scaled to see how much depends on it."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Grid(_Strict):
+    """Methods on models.
+
+    Args:
+        part: What it is called in tables.
+        task: What the methods do.
+        models: Names or patterns.
+        methods: Names or patterns.
+        paper: Start from the settings of each method's paper.
+        options: Variants; each is what ``--set`` takes.
+        scale: By method, options that are halved and doubled, one at a time, beside the defaults.
+        clean_images: Clean images that a method gets.
+        seeds: Instead of those of the size.
+        reactivate: Whether to look for backdoors that are only asleep.
+        samples: Training images shown to detectors of training sets; 0 for all.
+        sizes: Only in these; empty for all.
+    """
+
+    part: str = ""
+    task: Literal["purify", "detect", "ablate"] = "purify"
+    models: tuple[str, ...]
+    methods: tuple[str, ...]
+    paper: bool = False
+    options: tuple[dict[str, str], ...] = ({},)
+    scale: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    clean_images: tuple[int, ...] = (500,)
+    seeds: tuple[int, ...] = ()
+    reactivate: bool = False
+    samples: int = 0
+    sizes: tuple[str, ...] = ()
+
+
+class Size(_Strict):
+    """How large a suite is run.
+
+    Args:
+        text: For whom.
+        models: Lists of models, in which names are looked up in turn.
+        seeds: Of draw and method.
+        test_images: Test images measured on; 0 for all.
+    """
+
+    text: str
+    models: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    test_images: int = 0
+
+
+class Suite(_Strict):
+    """A benchmark.
+
+    Args:
+        name: Of its file.
+        title: In a line.
+        text: What it shows, and what to know about it.
+        layout: How its records become tables and figures.
+        data: Data set that the models were trained on.
+        sizes: By name; the first is the default.
+        grid: What is measured.
+    """
+
+    name: str
+    title: str
+    text: str
+    layout: str
+    data: str
+    sizes: dict[str, Size]
+    grid: tuple[Grid, ...]
+
+
+def suite_names() -> list[str]:
+    """Return the suites that come with the package."""
+    return sorted(
+        path.name.removesuffix(".toml") for path in _folder().iterdir() if path.name.endswith(".toml")
+    )
+
+
+def read_suite(name: str) -> Suite:
+    """Read a suite of the package by its name, or of the user by the path of a ``.toml`` file.
+
+    Raises:
+        InvalidInputError: If there is none, or it says what is not understood.
+    """
+    if name.endswith(".toml"):
+        source, text = name, _read(Path(name))
+    elif name in suite_names():
+        source, text = f"suite {name}", (_folder() / f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        raise InvalidInputError(
+            f"unknown suite {name!r}; known are {', '.join(suite_names())}, or give the path of a .toml file."
+        )
+    try:
+        return Suite.model_validate({"name": Path(name).stem, **tomllib.loads(text)})
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidInputError(f"{source} is no TOML file ({error}).") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InvalidInputError(f"{source} is no suite: {place}: {first['msg']}.") from error
+
+
+def _folder() -> Any:  # noqa: ANN401 - a traversable of importlib
+    return resources.files("unbackdoor.bench") / "suites"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"{path} cannot be read as a suite ({error}).") from error
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where models are.
+
+    Args:
+        zoo: Trained models that came from elsewhere.
+        models: Where a run trains its own, in one folder for each list.
+    """
+
+    zoo: Path
+    models: Path
+
+    def homes(self, size: Size) -> tuple[Path, ...]:
+        """Return the folders in which models of a size are looked for, in this order."""
+        zoo = (self.zoo,) if ZOO in size.models else ()
+        return (*zoo, *(self.models / name for name in size.models))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What has to be done for a suite.
+
+    Args:
+        suite: The suite.
+        size: Name of its size.
+        places: Where models are.
+        jobs: How each model that is needed is trained, by name.
+    """
+
+    suite: Suite
+    size: str
+    places: Places
+    jobs: Mapping[str, Job]
+
+    @staticmethod
+    def of(suite: Suite, size: str, places: Places, data: str) -> Plan:
+        """Find out which models are needed and how they are trained.
+
+        Raises:
+            InvalidInputError: If there is no such size, or a model is in none of its lists.
+        """
+        if size not in suite.sizes:
+            raise InvalidInputError(
+                f"suite {suite.name} has no size {size!r}; it has {', '.join(suite.sizes)}."
+            )
+        chosen = suite.sizes[size]
+        known: dict[str, Job] = {}
+        for name in reversed(chosen.models):
+            known |= jobs(_spec(name, places), data, places.models / name)
+        plan = Plan(suite, size, places, {})
+        needed = {model for grid in plan.grids for model in matching(grid.models, known, suite.name)}
+        # Clean twins first: the others are measured beside them.
+        order = sorted(needed, key=lambda name: (known[name].name != "none", list(known).index(name)))
+        return Plan(suite, size, places, {name: known[name] for name in order})
+
+    @property
+    def grids(self) -> list[Grid]:
+        """The grids of this size."""
+        return [grid for grid in self.suite.grid if not grid.sizes or self.size in grid.sizes]
+
+    def entries(self) -> dict[str, Entry]:
+        """Return the models that are there."""
+        found = {}
+        for name in self.jobs:
+            for home in self.places.homes(self.suite.sizes[self.size]):
+                if (home / name / "card.json").exists():
+                    found[name] = entry_at(home / name)
+                    break
+        return found
+
+    def trainings(self) -> list[Training]:
+        """Return the models that have to be trained yet."""
+        there = self.entries()
+        return [Training(job) for name, job in self.jobs.items() if name not in there]
+
+    def cells(self) -> dict[str, tuple[str, Cell]]:
+        """Return the cells of all models that are there, with their parts, by key, seed by seed."""
+        there = self.entries()
+        size = self.suite.sizes[self.size]
+        found: dict[str, tuple[str, Cell]] = {}
+        for seed in dict.fromkeys([*size.seeds, *(seed for grid in self.grids for seed in grid.seeds)]):
+            for grid in self.grids:
+                if seed in (grid.seeds or size.seeds):
+                    for cell in self._cells(grid, seed, there):
+                        found.setdefault(cell.key, (grid.part, cell))
+        return found
+
+    def _cells(self, grid: Grid, seed: int, there: Mapping[str, Entry]) -> Iterator[Cell]:
+        size = self.suite.sizes[self.size]
+        for method in matching(grid.methods, METHODS[grid.task], self.suite.name):
+            for options in variants(grid, method):
+                for model in matching(grid.models, self.jobs, self.suite.name):
+                    for clean_images in grid.clean_images:
+                        if model in there:
+                            yield cell_of(
+                                there[model],
+                                method,
+                                data=self.suite.data,
+                                paper=grid.paper,
+                                options=options,
+                                task=grid.task,
+                                clean_images=clean_images,
+                                seed=seed,
+                                test_images=size.test_images,
+                                reactivate=grid.reactivate,
+                                samples=grid.samples,
+                            )
+
+    def describe(self) -> dict[str, Any]:
+        """Return JSON values: what belongs to the run, and how it is shown."""
+        missing = [name for name in self.jobs if name not in self.entries()]
+        return {
+            "suite": self.suite.name,
+            "title": self.suite.title,
+            "text": self.suite.text,
+            "layout": self.suite.layout,
+            "data": self.suite.data,
+            "size": self.size,
+            "size_text": self.suite.sizes[self.size].text,
+            "missing_models": missing,
+            "commands": {name: job.command() for name, job in self.jobs.items()},
+            "cells": {
+                key: {"part": part, "label": cell.label, "cell": cell.describe()}
+                for key, (part, cell) in self.cells().items()
+            },
+        }
+
+
+def _spec(name: str, places: Places) -> dict[str, Any]:
+    if name == ZOO:
+        return read_spec(places.zoo / "zoo.toml")
+    path = _folder() / "models" / f"{name}.toml"
+    if not path.is_file():
+        raise InvalidInputError(f"there is no list of models {name!r}.")
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+    check_spec(content, f"models {name}")
+    return content
+
+
+def matching(patterns: Sequence[str], known: Mapping[str, Any], source: str) -> list[str]:
+    """Return the known names that patterns stand for, in the order of the patterns.
+
+    Raises:
+        InvalidInputError: If a pattern stands for none.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        dashes = pattern.replace("-", "_")
+        names = [name for name in known if fnmatch.fnmatch(name, pattern)] or [
+            name for name in known if fnmatch.fnmatch(name, dashes)
+        ]
+        if not names:
+            raise InvalidInputError(f"{source} names {pattern!r}; known are {', '.join(known)}.")
+        found += names
+    return list(dict.fromkeys(found))
+
+
+def variants(grid: Grid, method: str) -> list[dict[str, str]]:
+    """Return the settings of a method that a grid asks for: its variants, and its scaled options."""
+    scaled = [
+        {**base, path: value}
+        for name, paths in grid.scale.items()
+        if find(f"method to {grid.task}", METHODS[grid.task], name).name == method
+        for base in grid.options
+        for path in paths
+        for value in _scaled(configured(grid.task, method, grid.paper, base), path)
+    ]
+    return [*map(dict, grid.options), *scaled]
+
+
+def _scaled(method: Any, path: str) -> list[str]:  # noqa: ANN401 - one of many dataclasses
+    """Return an option's value halved and doubled, as text; whole numbers stay whole and at least 1."""
+    texts = {option.path: option.default for option in options_of(method)}
+    try:
+        value = float(texts[path])
+    except (KeyError, ValueError) as error:
+        raise InvalidInputError(f"{path!r} of {method.name} is no number that could be scaled.") from error
+    whole = "." not in texts[path] and "e" not in texts[path] and value == int(value) and value > 1
+    values = [max(1, round(value * factor)) if whole else value * factor for factor in FACTORS]
+    return [f"{each:g}" for each in values]

@@ -1,0 +1,71 @@
+"""``unbackdoor bench``: run a suite, here or on a cluster; started again it goes on where it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+EXIT_INCOMPLETE = 1
+
+
+def bench(
+    suite: str = typer.Argument(
+        help="A suite of the package, or a .toml file of your own; `list` lists them."
+    ),
+    size: str = typer.Option("", help="Which size of the suite; its first if not given."),
+    data: str = typer.Option("", help="The data set that the suite names, with splits train and test."),
+    zoo: Path = typer.Option(Path("zoo"), help="Folder of trained models."),
+    out: Path | None = typer.Option(None, help="Folder of the run; runs/SUITE-SIZE if not given."),
+    models: Path | None = typer.Option(
+        None, help="Where models are kept that have to be trained; `models` beside --out if not given."
+    ),
+    executor: str = typer.Option("", help="inline, pool, ray or slurm; pool for several jobs, else inline."),
+    jobs: int = typer.Option(1, min=1, help="Tasks side by side."),
+    address: str = typer.Option(
+        "", help="Of a Ray cluster, such as auto; for slurm, `local` tries jobs without a queue."
+    ),
+    resource: list[str] = typer.Option(
+        [],
+        help="For each task, NAME=VALUE: threads (pool), cpus and gpus (ray), what submitit takes (slurm).",
+    ),
+    device: str = typer.Option("auto", help="cpu, cuda, or auto."),
+    only: list[str] = typer.Option([], help="Only questions whose label fits a pattern, as 'badnets mnp*'."),
+    train: bool = typer.Option(True, help="Train models that are missing, or leave their questions open."),
+    retry_failed: bool = typer.Option(False, help="Ask again what failed before."),
+    plan: bool = typer.Option(False, "--plan", help="Say what would be done, and leave."),
+) -> None:
+    """Measure methods on models as a suite asks; finished questions are never asked again.
+
+    The exit code is 0 if every question has an answer, and 1 if some failed or are open.
+    """
+    from unbackdoor.bench.suite import Places, Plan, read_suite
+    from unbackdoor.cli import benching, console
+
+    if suite == "list":
+        benching.list_suites()
+        return
+    chosen = read_suite(suite)
+    named = size or next(iter(chosen.sizes))
+    folder = out or Path("runs") / f"{chosen.name}-{named}"
+    places = Places(zoo, models or folder.parent / "models")
+    planned = Plan.of(chosen, named, places, data or benching.data_of(chosen))
+    if plan:
+        benching.show_plan(planned)
+        return
+    complete = benching.carry_out(
+        planned,
+        folder,
+        executor=executor or ("pool" if jobs > 1 else "inline"),
+        jobs=jobs,
+        address=address,
+        resources=resource,
+        data=data,
+        device=device,
+        only=only,
+        train=train,
+        retry=retry_failed,
+    )
+    console.note(f"tables, figures and a page: unbackdoor tables {folder}")
+    if not complete:
+        raise typer.Exit(EXIT_INCOMPLETE)

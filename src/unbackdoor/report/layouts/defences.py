@@ -1,0 +1,252 @@
+"""Methods compared over all models: summaries, costs, ablations, and what the field's review asks for."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from unbackdoor.bench.tables import summaries
+from unbackdoor.report.layouts.common import (
+    COSTS,
+    NAN,
+    RATES,
+    costs,
+    draws,
+    effect,
+    lost,
+    mark_lowest,
+    mean,
+    number,
+    share_done,
+    text,
+    title_of,
+)
+from unbackdoor.report.layouts.grid import WORDS
+from unbackdoor.report.published import paper
+from unbackdoor.report.run import Answer, Run, grouped, only
+from unbackdoor.report.tables import Column, Entry, Table
+
+
+def summary_table(run: Run, answers: Sequence[Answer], *, name: str, title: str) -> Table:
+    """Return what each method does over all models, the lowest ASR first."""
+    records = [a.record | {"cell": dict(a.cell)} for a in answers if a.record is not None]
+    rows = []
+    for s in sorted(summaries(records), key=lambda s: (s.success != s.success, s.success)):
+        rates = (s.success, s.worst, s.robust, s.accuracy_lost, s.accuracy_lost_clean)
+        rows.append(
+            (
+                text(s.method),
+                number(s.models),
+                *(number(100 * value) for value in rates),
+                number(s.rank),
+                number(s.seconds),
+                number(s.passes / 1000),
+                number(s.refused),
+            )
+        )
+    titles = ("ASR left", "worst ASR", "RA", "CA lost", "CA lost, clean models")
+    return Table(
+        name=name,
+        title=title,
+        columns=(
+            Column("method"),
+            Column("infected models", ("n",), digits=0),
+            *(Column(each, ("%",)) for each in titles),
+            Column("mean rank", ("place",), digits=1),
+            COSTS[0],
+            Column("passes (1,000 images)", ("all",), digits=1),
+            Column("without result", ("n",), digits=0),
+        ),
+        rows=tuple(rows),
+        notes=(draws(run), *share_done(run)),
+        command=run.command,
+    )
+
+
+def effect_table(
+    run: Run, answers: Sequence[Answer], *, name: str, title: str, column: str = "model"
+) -> Table:
+    """Return a row a method: CA / ASR for each value of a property, and the price.
+
+    Args:
+        run: The run.
+        answers: Which of its answers.
+        name: Of the table.
+        title: Of the table.
+        column: ``model``, or a field of the cells.
+    """
+
+    def where(answer: Answer) -> object:
+        return answer.model if column == "model" else answer.cell[column]
+
+    places = list(dict.fromkeys(where(answer) for answer in answers))
+    before = [effect([a for a in answers if where(a) == p and a.ok][:1], "before") for p in places]
+    rows: list[tuple[Entry, ...]] = []
+    if column == "model":
+        rows.append((text("no defence"), *before, Entry(), Entry()))
+    found = [
+        (label, [effect([a for a in group if where(a) == place]) for place in places], costs(group))
+        for label, group in grouped(answers, lambda answer: answer.label).items()
+    ]
+    best = zip(*(mark_lowest([f[1][i] for f in found]) for i in range(len(places))), strict=True)
+    for (label, _, price), entries in zip(found, best, strict=True):
+        rows.append((text(label), *entries, *price))
+    return Table(
+        name=name,
+        title=f"{title} (CA / ASR)",
+        columns=(Column("method"), *(Column(title_of(str(p)), RATES) for p in places), *COSTS),
+        rows=tuple(rows),
+        notes=(draws(run), *share_done(run)),
+        command=run.command,
+    )
+
+
+def cost_table(run: Run, answers: Sequence[Answer]) -> Table:
+    """Return what each method costs, with the seconds that the MNP paper prints."""
+    printed = paper("runtime")
+    assert printed is not None
+    rows = []
+    for label, group in grouped(answers, lambda answer: answer.label).items():
+        memory = [float(a.value("cost", "peak_memory_mb") or NAN) for a in group if a.ok]
+        theirs = (printed.at(group[0].method, "seconds") or (NAN,))[0]
+        rows.append((text(label), *costs(group), number(mean(memory)), effect(group), number(theirs)))
+    rows.sort(key=lambda row: row[1].values or (float("inf"),))
+    return Table(
+        name="costs",
+        title=str(run.plan["title"]),
+        columns=(
+            Column("method"),
+            *COSTS,
+            Column("memory", ("MB",), digits=0),
+            Column("after", RATES),
+            Column("paper, RTX 3090 Ti", ("s",), digits=0),
+        ),
+        rows=tuple(rows),
+        notes=(draws(run), _device(answers), *share_done(run)),
+        command=run.command,
+    )
+
+
+def _device(answers: Sequence[Answer]) -> str:
+    devices = sorted({str(a.value("device")) for a in answers if a.ok})
+    return f"Measured on {'; '.join(devices)}." if devices else "Nothing was measured yet."
+
+
+def clean_table(run: Run, answers: Sequence[Answer]) -> Table:
+    """Return what each defence does to a model without a backdoor."""
+    rows = []
+    for label, group in grouped(answers, lambda answer: answer.label).items():
+        removed = mean(float(a.value("filters_removed") or 0) for a in group if a.ok)
+        rows.append(
+            (
+                text(label),
+                effect(group, "before", ("CA",)),
+                effect(group, "after", ("CA",)),
+                number(lost(group)),
+                number(removed),
+                *costs(group),
+            )
+        )
+    rows.sort(key=lambda row: row[3].values)
+    return Table(
+        name="no-attack",
+        title="No attack: what each defence costs a clean model",
+        columns=(
+            Column("method"),
+            Column("before", ("CA",)),
+            Column("after", ("CA",)),
+            Column("CA lost", ("points",)),
+            Column("filters removed", ("n",), digits=1),
+            *COSTS,
+        ),
+        rows=tuple(rows),
+        notes=(draws(run), *share_done(run)),
+        command=run.command,
+    )
+
+
+def stability_tables(run: Run, answers: Sequence[Answer]) -> list[Table]:
+    """Return how much CA and ASR move when an option is halved or doubled: by method, and by option.
+
+    Differences are between equal models and seeds; their absolute values are averaged.
+    """
+    by_option: list[tuple[Entry, ...]] = []
+    by_method: list[tuple[Entry, ...]] = []
+    for method, group in grouped(answers, lambda answer: answer.method).items():
+        usual = {(a.model, a.cell["seed"]): a for a in group if not a.options and a.ok}
+        varied = [a for a in group if a.options and a.ok and (a.model, a.cell["seed"]) in usual]
+        moves = {a.key: _moved(a, usual[a.model, a.cell["seed"]]) for a in varied}
+        for variant, here in grouped(varied, lambda answer: answer.variant).items():
+            by_option.append(
+                (text(title_of(method)), text(variant), *_mean_moves([moves[a.key] for a in here]))
+            )
+        options = {path for a in varied for path in a.options}
+        largest = max((m[1] for m in moves.values()), default=NAN)
+        by_method.append(
+            (
+                text(title_of(method)),
+                number(len(options)),
+                *_mean_moves(list(moves.values())),
+                number(largest),
+                *costs(only(group, variant="")),
+            )
+        )
+    by_method.sort(key=lambda row: row[3].values)
+    moved = (Column("CA moves by", ("points",)), Column("ASR moves by", ("points",)))
+    note = "Each option halved and doubled, the others at their defaults; mean absolute differences."
+    return [
+        Table(
+            "stability",
+            "How much a result depends on a method's own options",
+            (
+                Column("method"),
+                Column("options tried", ("n",), digits=0),
+                *moved,
+                Column("largest move of ASR", ("points",)),
+                *COSTS,
+            ),
+            tuple(by_method),
+            (note, draws(run), *share_done(run)),
+            run.command,
+        ),
+        Table(
+            "stability-options",
+            "The same, option by option",
+            (Column("method"), Column("option"), *moved),
+            tuple(by_option),
+            (note,),
+            run.command,
+        ),
+    ]
+
+
+def _moved(one: Answer, other: Answer) -> tuple[float, float]:
+    names = ("clean_accuracy", "attack_success")
+    differences = [abs(one.rate(name) - other.rate(name)) for name in names]
+    return differences[0], differences[1]
+
+
+def _mean_moves(moves: Sequence[tuple[float, float]]) -> tuple[Entry, Entry]:
+    parts = list(zip(*moves, strict=True)) or [(NAN,), (NAN,)]
+    return number(statistics.mean(parts[0])), number(statistics.mean(parts[1]))
+
+
+def sok_tables(run: Run) -> list[Table]:
+    """Return the tables of the suite ``sok``."""
+    tables = [clean_table(run, run.of("no attack"))]
+    for part in ("low rates", "architectures"):
+        answers = run.of(part)
+        tables.append(effect_table(run, answers, name=part.replace(" ", "-"), title=WORDS[part].capitalize()))
+    budgets = run.of("clean images")
+    for kind, wanted in (("infected models", True), ("a clean model", False)):
+        chosen = [a for a in budgets if a.record is None or (a.attack is not None) == wanted]
+        tables.append(
+            effect_table(
+                run,
+                chosen,
+                name=f"clean-images-{'infected' if wanted else 'clean'}",
+                title=f"Numbers of clean images: means over {kind}",
+                column="clean_images",
+            )
+        )
+    return [*(table for table in tables if table.rows), *stability_tables(run, run.of("options"))]

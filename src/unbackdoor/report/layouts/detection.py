@@ -1,0 +1,103 @@
+"""Detection rates by attack, and false alarms: Table 4 of the MNP paper with what it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from unbackdoor.report.layouts.common import NAN, mean, number, share_done, text, title_of
+from unbackdoor.report.published import paper
+from unbackdoor.report.run import Answer, Run, grouped
+from unbackdoor.report.tables import Column, Entry, Table
+
+
+def detection_tables(run: Run, published: str = "table4") -> list[Table]:
+    """Return the detection rates, and every score with its threshold."""
+    answers = [answer for answer in run.answers if answer.task == "detect"]
+    return [_rates(run, answers, published), _scores(run, answers)] if answers else []
+
+
+def _rates(run: Run, answers: Sequence[Answer], published: str) -> Table:
+    printed = paper(published) if published else None
+    attacks = list(dict.fromkeys(a.model for a in answers if a.attack is not None))
+    columns = [Column("detector"), Column("source")]
+    columns += [Column(title_of(attack), ("DR",)) for attack in attacks]
+    columns += [Column("Average", ("DR",)), Column("right target", ("%",)), Column("false alarms", ("FPR",))]
+    columns += [Column("abstained", ("%",)), Column("seconds", ("s",), digits=1)]
+    rows: list[tuple[Entry, ...]] = []
+    for method, group in grouped(answers, lambda answer: answer.method).items():
+        flagged = [_share([a for a in group if a.model == attack]) for attack in attacks]
+        infected = [a for a in group if a.attack is not None and a.ok]
+        clean = [a for a in group if a.attack is None and a.ok]
+        targets = [
+            100.0 * (a.value("target_class") == a.value("true_target"))
+            for a in infected
+            if a.value("flagged")
+            and a.value("target_class") is not None
+            and a.value("true_target") is not None
+        ]
+        abstained = [100.0 * (a.value("flagged") is None) for a in group if a.ok]
+        seconds = [float(a.value("cost", "seconds") or NAN) for a in group if a.ok]
+        rows.append(
+            (
+                text(title_of(method)),
+                text("measured"),
+                *map(number, flagged),
+                number(mean(flagged)),
+                number(mean(targets)),
+                number(_share(clean)),
+                number(mean(abstained)),
+                number(mean(seconds)),
+            )
+        )
+        if printed is not None and method in printed.rows:
+            values = [(printed.at(method, attack) or (NAN,))[0] for attack in attacks]
+            total = printed.row_averages[method][0]
+            rows.append(
+                (text(title_of(method)), text("paper"), *map(number, values), number(total), *[Entry()] * 4)
+            )
+    return Table(
+        name="table4",
+        title=f"{run.plan['title']}: detection rate (DR) on infected models, false alarms on clean ones",
+        columns=tuple(columns),
+        rows=tuple(rows),
+        notes=(
+            f"{run.plan['size_text']} Shares of models and draws, per cent; {_counts(answers)}. "
+            "Abstaining counts as not detected, and as no false alarm.",
+            *share_done(run),
+        ),
+        command=run.command,
+    )
+
+
+def _share(answers: Sequence[Answer]) -> float:
+    return mean(100.0 * bool(answer.value("flagged")) for answer in answers if answer.ok)
+
+
+def _counts(answers: Sequence[Answer]) -> str:
+    infected = {a.model for a in answers if a.attack is not None}
+    clean = {a.model for a in answers if a.ok and a.attack is None}
+    return f"{len(infected)} infected and {len(clean)} clean models"
+
+
+def _scores(run: Run, answers: Sequence[Answer]) -> Table:
+    methods = list(dict.fromkeys(answer.method for answer in answers))
+    rows = []
+    for model, group in grouped(answers, lambda answer: answer.model).items():
+        entries = []
+        for method in methods:
+            here = [a for a in group if a.method == method and a.ok]
+            entries.append(
+                number(
+                    mean(float(a.value("score")) for a in here if a.value("score") is not None),
+                    mean(float(a.value("threshold")) for a in here if a.value("threshold") is not None),
+                )
+            )
+        rows.append((text(title_of(model)), *entries))
+    return Table(
+        name="scores",
+        title="Scores and their thresholds, means over draws",
+        columns=(Column("model"), *(Column(title_of(m), ("score", "threshold"), digits=3) for m in methods)),
+        rows=tuple(rows),
+        notes=("A model is called backdoored if its score is at or above the threshold.",),
+        command=run.command,
+    )

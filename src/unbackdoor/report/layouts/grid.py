@@ -1,0 +1,101 @@
+"""Attack by defence, as Tables 1 and 2 of the MNP paper, with what the paper prints below each row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from unbackdoor.report.layouts.common import (
+    RATES,
+    average,
+    draws,
+    effect,
+    mark_lowest,
+    share_done,
+    text,
+    title_of,
+)
+from unbackdoor.report.published import Published, paper
+from unbackdoor.report.run import Answer, Run, grouped, only
+from unbackdoor.report.tables import Column, Entry, Table
+
+WORDS = {
+    "ours": "our settings, one stopping rule for all pruning methods",
+    "paper": "settings of each method's paper or public code",
+    "paper, by share": "MNP's paper, pruning the paper's share of the filters",
+    "low rates": "low poison rates",
+    "architectures": "other architecture families",
+}
+"""What the parts of suites are called."""
+
+
+def grid_tables(run: Run, published: str = "", parts: Sequence[str] = ()) -> list[Table]:
+    """Return a table for each part: attacks down, defences across.
+
+    Args:
+        run: The run.
+        published: Name of the paper's table with the same rows and columns, or empty.
+        parts: Which; all that are about purification if empty.
+    """
+    printed = paper(published) if published else None
+    chosen = parts or list(dict.fromkeys(a.part for a in run.answers if a.task == "purify"))
+    return [_table(run, part, run.of(part), printed) for part in chosen if run.of(part)]
+
+
+def _table(run: Run, part: str, answers: Sequence[Answer], printed: Published | None) -> Table:
+    methods = grouped(answers, lambda answer: (answer.method, answer.variant))
+    varied = {method for method, _ in methods if sum(method == other for other, _ in methods) > 1}
+    titles = [
+        title_of(method) + (f" [{variant}]" if variant and method in varied else "")
+        for method, variant in methods
+    ]
+    columns = [Column("model"), Column("source"), Column("No defence", RATES)]
+    columns += [Column(title, RATES) for title in titles]
+    rows, measured = [], []
+    for model, group in grouped(answers, lambda answer: answer.model).items():
+        before = effect([answer for answer in group if answer.ok][:1], "before")
+        after = [effect(only(group, method=m, variant=v)) for m, v in methods]
+        if any(answer.attack is not None or answer.record is None for answer in group):
+            measured.append([before, *after])
+        rows.append((text(title_of(model)), text("measured"), before, *mark_lowest(after)))
+        rows += _printed_row(model, printed, [method for method, _ in methods])
+    rows += _averages(measured, printed, [method for method, _ in methods])
+    return Table(
+        name=re.sub(r"\W+", "-", part).strip("-") or "grid",
+        title=f"{run.plan['title']}: {WORDS.get(part, part) or 'all'} (CA / ASR)",
+        columns=tuple(columns),
+        rows=tuple(rows),
+        notes=(draws(run), *share_done(run)),
+        command=run.command,
+    )
+
+
+def _printed_row(model: str, printed: Published | None, methods: Sequence[str]) -> list[tuple[Entry, ...]]:
+    if printed is None or model not in printed.rows:
+        return []
+    values = [printed.at(model, name) for name in ("none", *methods)]
+    return [(text(title_of(model)), text("paper"), *(Entry(value or ()) for value in values))]
+
+
+def _averages(
+    measured: Sequence[Sequence[Entry]], printed: Published | None, methods: Sequence[str]
+) -> list[tuple[Entry, ...]]:
+    if not measured:
+        return []
+    means = [average(column) for column in zip(*measured, strict=True)]
+    rows: list[tuple[Entry, ...]] = [(text("Average"), text("measured"), *means)]
+    if printed is not None:
+        names = ("none", *methods)
+        rows += [
+            (
+                text("Average"),
+                text("paper, printed"),
+                *(Entry(printed.printed_average(n) or ()) for n in names),
+            ),
+            (
+                text("Average"),
+                text("paper, computed"),
+                *(Entry(printed.computed_average(n) or ()) for n in names),
+            ),
+        ]
+    return rows

@@ -1,0 +1,162 @@
+"""A run of a benchmark as it lies in its folder: what was asked, and what was answered so far."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unbackdoor.bench.store import Record, Store
+from unbackdoor.catalogue import dashed
+from unbackdoor.errors import InvalidInputError
+
+PLAN, RECORDS = "plan.json", "records.jsonl"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question with what came of it.
+
+    Args:
+        key: Of the cell.
+        part: The part of the suite that it belongs to.
+        cell: What was asked.
+        record: The answer, or None yet.
+    """
+
+    key: str
+    part: str
+    cell: Mapping[str, Any]
+    record: Record | None
+
+    @property
+    def status(self) -> str:
+        """``ok``, ``refused``, ``failed`` or ``missing``."""
+        return "missing" if self.record is None else str(self.record["status"])
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is a result."""
+        return self.status == "ok"
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return str(self.cell["model"])
+
+    @property
+    def method(self) -> str:
+        """Name of the method, in snake_case."""
+        return str(self.cell["method"])
+
+    @property
+    def task(self) -> str:
+        """What the method does."""
+        return str(self.cell.get("task", "purify"))
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Options that were set."""
+        return dict(self.cell.get("options", {}))
+
+    @property
+    def variant(self) -> str:
+        """The settings in a few words; empty for the defaults."""
+        words = ["paper"] if self.cell.get("paper") else []
+        return ", ".join([*words, *(f"{name}={value}" for name, value in self.options.items())])
+
+    @property
+    def label(self) -> str:
+        """The method with its settings."""
+        return dashed(self.method) + (f" [{self.variant}]" if self.variant else "")
+
+    @property
+    def attack(self) -> str | None:
+        """The attack that the model was infected by, None for a clean one or an unanswered question."""
+        return None if self.record is None else self.record.get("attack")
+
+    def rate(self, name: str, when: str = "after") -> float:
+        """Return a rate in per cent; NaN where there is none."""
+        value = (self.record or {}).get(when, {}).get(name, {}).get("value")
+        return float("nan") if value is None else 100 * float(value)
+
+    def value(self, *path: str) -> Any:  # noqa: ANN401 - any JSON value
+        """Return something in the record, None where it is not."""
+        found: Any = self.record
+        for name in path:
+            found = found.get(name) if isinstance(found, dict) else None
+        return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run.
+
+    Args:
+        plan: What was written by ``unbackdoor bench``.
+        answers: All questions, in the order of the plan.
+        trainings: Records of the models that were trained.
+    """
+
+    plan: Mapping[str, Any]
+    answers: tuple[Answer, ...]
+    trainings: tuple[Record, ...] = field(default=())
+
+    def of(self, part: str) -> list[Answer]:
+        """Return the answers of a part."""
+        return [answer for answer in self.answers if answer.part == part]
+
+    def parts(self) -> list[str]:
+        """Return the parts in their order."""
+        return list(dict.fromkeys(answer.part for answer in self.answers))
+
+    def count(self, status: str) -> int:
+        """Return how many questions have a status."""
+        return sum(answer.status == status for answer in self.answers)
+
+    @property
+    def command(self) -> str:
+        """What makes the records again."""
+        data = str(self.plan["data"])
+        given = "" if data == "digits" else f" --data {data.upper()}_FOLDER"
+        return f"unbackdoor bench {self.plan['suite']} --size {self.plan['size']}{given}"
+
+    def command_for(self, answer: Answer) -> str:
+        """What answers one question again."""
+        return f"{self.command} --only '{self.plan['cells'][answer.key]['label']}'"
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run.
+
+    Raises:
+        InvalidInputError: If the folder holds none.
+    """
+    path = folder / PLAN
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        cells = {str(key): (str(value["part"]), value["cell"]) for key, value in plan["cells"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidInputError(
+            f"{path} cannot be read as the plan of a run ({error}); give the folder that "
+            "`unbackdoor bench --out` wrote."
+        ) from error
+    records = Store(folder / RECORDS).records()
+    answers = [Answer(key, part, cell, records.get(key)) for key, (part, cell) in cells.items()]
+    trainings = [record for record in records.values() if record.get("kind") == "training"]
+    return Run(plan, tuple(answers), tuple(trainings))
+
+
+def grouped(answers: Iterable[Answer], by: Callable[[Answer], Any]) -> dict[Any, list[Answer]]:
+    """Return answers by a property, in the order in which its values first appear."""
+    found: dict[Any, list[Answer]] = {}
+    for answer in answers:
+        found.setdefault(by(answer), []).append(answer)
+    return found
+
+
+def only(answers: Sequence[Answer], **wanted: Any) -> list[Answer]:  # noqa: ANN401 - any property
+    """Return the answers whose properties have these values."""
+    return [a for a in answers if all(getattr(a, name) == value for name, value in wanted.items())]

@@ -1,0 +1,158 @@
+"""Tables as values, and their Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MISSING = "-"
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Args:
+        title: Its heading.
+        parts: What its numbers are, such as ``("CA", "ASR")``; empty for text.
+        digits: Decimals.
+    """
+
+    title: str
+    parts: tuple[str, ...] = ()
+    digits: int = 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What stands in one place.
+
+    Args:
+        values: Numbers, one for each part of the column; NaN where there is none.
+        text: Text, for a column without parts or instead of numbers, such as ``refused``.
+        best: Whether it is the best of its row.
+        key: Of the record or records behind it.
+    """
+
+    values: tuple[float, ...] = ()
+    text: str = ""
+    best: bool = False
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Args:
+        name: For file names and anchors.
+        title: Caption.
+        columns: Its columns.
+        rows: Its rows, as long as there are columns.
+        notes: What a reader has to know, in sentences.
+        command: What makes its records again.
+    """
+
+    name: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    notes: tuple[str, ...] = ()
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"a row of {self.name} has {len(row)} entries for {len(self.columns)} columns."
+                )
+
+
+def shown(entry: Entry, column: Column) -> str:
+    """Return an entry as text, ``91.09 / 0.54``."""
+    if entry.text or not column.parts:
+        return entry.text or MISSING
+    if not entry.values or all(math.isnan(value) for value in entry.values):
+        return MISSING
+    return " / ".join(MISSING if math.isnan(v) else f"{v:.{column.digits}f}" for v in entry.values)
+
+
+def markdown(table: Table) -> str:
+    """Return a table in Markdown, with its title, notes and command."""
+    head = [_titled(column) for column in table.columns]
+    lines = [f"### {table.title}", "", _line(head), _line(["---"] * len(head))]
+    for row in table.rows:
+        texts = [_piped(shown(entry, column)) for entry, column in zip(row, table.columns, strict=True)]
+        lines.append(_line([f"**{t}**" if e.best else t for t, e in zip(texts, row, strict=True)]))
+    lines += ["", *table.notes] if table.notes else []
+    lines += ["", f"    {table.command}"] if table.command else []
+    return "\n".join(lines) + "\n"
+
+
+def latex(table: Table) -> str:
+    """Return a table in LaTeX, for the package ``booktabs``."""
+    kinds = "".join("r" if column.parts else "l" for column in table.columns)
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{_escaped(table.title)}}}",
+        rf"\begin{{tabular}}{{{kinds}}}",
+        r"\toprule",
+        " & ".join(_escaped(_titled(column)) for column in table.columns) + r" \\",
+        r"\midrule",
+    ]
+    for row in table.rows:
+        texts = [_escaped(shown(entry, column)) for entry, column in zip(row, table.columns, strict=True)]
+        texts = [rf"\textbf{{{t}}}" if e.best else t for t, e in zip(texts, row, strict=True)]
+        lines.append(" & ".join(texts) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    lines += [rf"\par\footnotesize {_escaped(note)}" for note in table.notes]
+    return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+def comma_separated(table: Table) -> str:
+    """Return a table in CSV: one column for each number, nothing rounded."""
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerow([name for column in table.columns for name in _names(column)])
+    for row in table.rows:
+        cells: list[str] = []
+        for entry, column in zip(row, table.columns, strict=True):
+            cells += _numbers(entry, column) if column.parts else [entry.text]
+        writer.writerow(cells)
+    return output.getvalue()
+
+
+def _names(column: Column) -> list[str]:
+    return [f"{column.title} {part}".strip() for part in column.parts] or [column.title]
+
+
+def _numbers(entry: Entry, column: Column) -> list[str]:
+    if entry.text or not entry.values:
+        return [entry.text] * len(column.parts)
+    return ["" if math.isnan(value) else f"{value:.6g}" for value in entry.values]
+
+
+def _titled(column: Column) -> str:
+    return f"{column.title} {' / '.join(column.parts)}".strip() if len(column.parts) > 1 else column.title
+
+
+def _line(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+def _piped(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _escaped(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from unbackdoor.bench.spec import jobs
+from unbackdoor.bench.suite import Places, Plan, _folder, _spec, matching, read_suite, suite_names, variants
+from unbackdoor.bench.training import _configured
+from unbackdoor.errors import InvalidInputError
+
+ROOT = Path(__file__).parents[3]
+PLACES = Places(ROOT / "zoo", Path("models"))
+WANTED = [
+    *("ablations", "fig1", "fig3", "fig4", "runtime", "smoke", "sok", "table1", "table2", "table3", "table4"),
+]
+
+SUITE = """
+title = "A suite"
+text = "For tests."
+layout = "smoke"
+data = "cifar10"
+
+[sizes.small]
+text = "Two seeds."
+models = ["zoo"]
+seeds = [0, 1]
+
+[sizes.large]
+text = "One."
+models = ["paper"]
+seeds = [5]
+
+[[grid]]
+part = "one"
+models = ["badnets", "clean"]
+methods = ["clp", "ft-sam"]
+clean_images = [50, 100]
+
+[[grid]]
+part = "scaled"
+models = ["badnets"]
+methods = ["i-bau"]
+seeds = [1]
+sizes = ["small"]
+
+[grid.scale]
+i-bau = ["outer_rate", "rounds"]
+
+[[grid]]
+part = "again"
+models = ["badnets"]
+methods = ["clp"]
+clean_images = [50]
+"""
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(SUITE)
+    return path
+
+
+def test_the_suites_of_the_package_are_those_of_the_documentation() -> None:
+    assert suite_names() == WANTED
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_every_suite_names_models_methods_and_options_that_exist(name: str) -> None:
+    suite = read_suite(name)
+    assert suite.name == name
+    for size in suite.sizes:
+        plan = Plan.of(suite, size, PLACES, "data")
+        assert plan.jobs
+        for grid in plan.grids:
+            from unbackdoor.bench.methods import METHODS, configured
+
+            for method in matching(grid.methods, METHODS[grid.task], name):
+                for options in variants(grid, method):
+                    configured(grid.task, method, grid.paper, options)
+        assert set(suite.sizes) == {"cpu"} or set(suite.sizes) == {"cpu", "paper"}
+
+
+def test_every_list_of_models_can_be_trained() -> None:
+    lists = [path.name.removesuffix(".toml") for path in (_folder() / "models").iterdir()]
+    assert sorted(lists) == [
+        "families", "families-paper", "imagenet12", "imagenet12-paper", "paper", "rates", "smoke"
+    ]  # fmt: skip
+    for name in lists:
+        for job in jobs(_spec(name, PLACES), "data", Path("out")).values():
+            _configured(job)
+
+
+def test_cells_are_the_products_of_the_grids_seed_by_seed(suite: Path) -> None:
+    plan = Plan.of(read_suite(str(suite)), "small", PLACES, "data")
+    assert list(plan.jobs) == ["clean", "badnets"]
+    assert plan.trainings() == []
+    cells = [(part, cell) for part, cell in plan.cells().values()]
+    one = [cell for part, cell in cells if part == "one"]
+    assert len(one) == 2 * 2 * 2 * 2
+    assert [cell.seed for cell in one] == [0] * 8 + [1] * 8
+    scaled = [cell for part, cell in cells if part == "scaled"]
+    assert [dict(cell.options) for cell in scaled] == [
+        {}, {"outer_rate": "0.0005"}, {"outer_rate": "0.002"}, {"rounds": "2"}, {"rounds": "10"}
+    ]  # fmt: skip
+    assert {cell.seed for cell in scaled} == {1}
+    assert not [cell for part, cell in cells if part == "again"], "an equal question is asked once"
+    assert json.loads(json.dumps(plan.describe()))["missing_models"] == []
+
+
+def test_models_that_are_not_there_are_trained_clean_twins_first(suite: Path, tmp_path: Path) -> None:
+    places = Places(tmp_path / "nowhere", tmp_path / "models")
+    plan = Plan.of(read_suite(str(suite)), "large", places, "data")
+    assert [training.label for training in plan.trainings()] == ["train clean", "train badnets"]
+    assert plan.cells() == {}
+    assert plan.jobs["badnets"].out == tmp_path / "models" / "paper" / "badnets"
+    assert (plan.jobs["badnets"].width, plan.jobs["badnets"].epochs) == (64, 200)
+    keys = {training.key for training in plan.trainings()}
+    assert len(keys) == 2
+    # A model that the run has trained is used from then on.
+    shutil.copytree(ROOT / "zoo" / "badnets", tmp_path / "models" / "paper" / "badnets")
+    assert [training.label for training in plan.trainings()] == ["train clean"]
+    assert {cell.model for _, cell in plan.cells().values()} == {"badnets"}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("[sizes.small]", "[sizes.small"), "is no TOML file"),
+        (("title", "titel"), "is no suite: title: Field required"),
+        (('task = "x"', ""), None),
+        (("seeds = [5]", "seeds = 5"), "sizes.large.seeds"),
+        (('methods = ["clp", "ft-sam"]', 'methods = ["nosuch"]'), None),
+    ],
+)
+def test_what_is_no_suite_is_refused(suite: Path, change: tuple[str, str], sentence: str | None) -> None:
+    suite.write_text(SUITE.replace(*change))
+    if sentence is not None:
+        with pytest.raises(InvalidInputError, match=sentence):
+            read_suite(str(suite))
+
+
+def test_unknown_names_are_refused(suite: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="unknown suite 'table9'; known are ablations, fig1"):
+        read_suite("table9")
+    with pytest.raises(InvalidInputError, match="cannot be read as a suite"):
+        read_suite(str(tmp_path / "none.toml"))
+    with pytest.raises(InvalidInputError, match="has no size 'huge'; it has small, large"):
+        Plan.of(read_suite(str(suite)), "huge", PLACES, "data")
+    suite.write_text(SUITE.replace('"ft-sam"', '"nosuch"'))
+    with pytest.raises(InvalidInputError, match="mine names 'nosuch'; known are mnp, ft"):
+        Plan.of(read_suite(str(suite)), "small", PLACES, "data").cells()
+    suite.write_text(SUITE.replace('"outer_rate", ', '"phase", '))
+    with pytest.raises(InvalidInputError, match="'phase' of i_bau is no number"):
+        Plan.of(read_suite(str(suite)), "small", PLACES, "data").cells()

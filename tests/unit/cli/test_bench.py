@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from toy import Number
+from unbackdoor.bench.runner import Tally
+from unbackdoor.cli import console
+from unbackdoor.cli.display import Display, summary
+
+from .conftest import Run
+
+SUITE = """
+title = "A suite for tests"
+text = "Digits."
+layout = "smoke"
+data = "digits"
+
+[sizes.cpu]
+text = "Tiny."
+models = ["smoke"]
+seeds = [0]
+
+[[grid]]
+part = "defences"
+models = ["clean"]
+methods = ["clp", "bnp"]
+clean_images = [40]
+"""
+
+
+@pytest.fixture
+def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(SUITE)
+    # The list of models that comes with the package, shortened.
+    from unbackdoor.bench import suite as suites
+
+    original = suites._spec
+
+    def quick(name: str, places: suites.Places) -> dict[str, object]:
+        content = original(name, places)
+        content["defaults"] |= {"epochs": 1, "width": 4}
+        return content
+
+    monkeypatch.setattr(suites, "_spec", quick)
+    return path
+
+
+def test_a_suite_trains_what_is_missing_answers_and_goes_on_where_it_was(
+    run: Run, suite: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "runs" / "mine"
+    planned = run("bench", suite, "--out", out, "--plan")
+    assert planned.code == 0
+    assert "1 models, 1 of them to be trained" in planned.out
+    assert "unbackdoor attack none" in planned.out
+    assert not out.exists()
+    first = run("bench", suite, "--out", out, "--only", "clean clp*")
+    assert first.code == 0, first.err
+    assert "[1/1] train clean: clean_accuracy" in first.err
+    assert "[1/1] clean clp 40 images seed 0: clean_accuracy" in first.err
+    assert (tmp_path / "runs" / "models" / "smoke" / "clean" / "card.json").exists()
+    second = run("bench", suite, "--out", out)
+    assert second.code == 0, second.err
+    assert "train clean" not in second.err
+    assert "1 of 2 questions were there already" in second.err
+    assert "2 of 2 questions answered, 0 of them with a failure" in second.err
+    assert len((out / "records.jsonl").read_text().splitlines()) == 3
+    shown = run("tables", out)
+    assert shown.code == 0
+    assert "| clean | measured |" in shown.out
+    assert (out / "index.html").exists()
+    assert (out / "tables" / "defences.tex").exists()
+    assert run("tables", out, "--format", "csv", "--out", tmp_path / "elsewhere").out.startswith(
+        "model,source,"
+    )
+
+
+def test_suites_are_listed(run: Run) -> None:
+    listed = run("bench", "list")
+    assert listed.code == 0
+    assert "table1" in listed.out
+    assert "cpu, paper" in listed.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("table1",), "suite table1 needs --data, the folder of cifar10"),
+        (("table1", "--data", "nowhere"), "nowhere does not exist"),
+        (("nosuch",), "unknown suite 'nosuch'"),
+        (("smoke", "--size", "paper"), "has no size 'paper'; it has cpu"),
+        (("smoke", "--executor", "dask"), "unknown executor 'dask'"),
+        (("smoke", "--resource", "gpus"), "--resource must read NAME=VALUE"),
+        (("smoke", "--no-train", "--only", "x"), "no question fits 'x'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_line(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...], sentence: str
+) -> None:
+    root = Path(__file__).parents[3]
+    refused = run("bench", *arguments, "--out", tmp_path / "run", "--zoo", root / "zoo")
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert sentence in refused.err
+
+
+def test_models_that_are_missing_leave_questions_open(run: Run, suite: Path, tmp_path: Path) -> None:
+    left = run("bench", suite, "--out", tmp_path / "run", "--no-train")
+    assert left.code == 1
+    assert "models that are not there: clean" in left.err
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["missing_models"] == ["clean"]
+
+
+def test_tables_of_nothing_are_refused(run: Run, tmp_path: Path) -> None:
+    refused = run("tables", tmp_path)
+    assert refused.code == 2
+    assert "cannot be read as the plan of a run" in refused.err
+
+
+def test_the_display_tells_done_failed_running_and_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        console, "notes", Console(file=screen, force_terminal=True, width=100, highlight=False)
+    )
+    now = [0.0]
+    tally = Tally(4, clock=lambda: now[0])
+    tasks = [Number(value) for value in range(4)]
+    tally.expect(tasks)
+    with Display("questions", lambda task, record: f"{task.label}: {record['status']}") as display:
+        display.began(tally)
+        tally.start(tasks[0])
+        now[0] = 60.0
+        tally.end(tasks[0], "failed")
+        display.ended(tasks[0], {"status": "failed"}, tally)
+        tally.start(tasks[1])
+        assert summary(tally).startswith("1 of 4 done, 1 failed, 1 running, 3 min left, until about ")
+        assert display._live is not None
+        display._live.refresh()
+    text = screen.getvalue()
+    assert "[1/4] number 0: failed" in text
+    assert "number 1, 0 s" in text

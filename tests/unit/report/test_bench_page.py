@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from unbackdoor.report.bench_page import render, write_run
+from unbackdoor.report.layouts.suites import figures_of, tables_of
+from unbackdoor.report.run import read_run
+
+from .runs import cell, make_run, purified, write
+
+pytest.importorskip("matplotlib", reason="the extra plots is not installed")
+
+
+def test_everything_is_written_and_can_be_read(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    written = write_run(read_run(tmp_path), tmp_path / "out")
+    names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in written.files)
+    assert names == [
+        "figures/trade-off.png", "figures/trade-off.svg",
+        *(f"tables/{name}.{suffix}" for name in ("ours", "summary") for suffix in ("csv", "md", "tex")),
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "figures" / "trade-off.png").read_bytes().startswith(b"\x89PNG")
+    ET.fromstring((tmp_path / "out" / "figures" / "trade-off.svg").read_text())
+    page = written.page.read_text()
+    outside = re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page)
+    assert outside == []
+    assert 'http-equiv="Content-Security-Policy"' in page
+
+
+def test_what_records_say_cannot_become_markup(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script><!--"
+    refused = {"cell": cell("badnets", "mnp"), "status": "refused", "problem": evil}
+    named = purified(cell(evil, "ft", options={"a": evil}), ca=0.8, asr=0.1, log=[evil])
+    write(tmp_path, "table1", [(evil, refused), ("ours", named)], title=evil, text=evil, size_text=evil)
+    run = read_run(tmp_path)
+    page = render(run, tables_of(run), figures_of(run))
+    assert "<script>alert" not in page
+    assert page.count("</script>") == 2
+    data = re.search(r'<script type="application/json" id="details">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    details = json.loads(data[1])
+    assert details["k0"]["problem"] == evil
+    assert details["k1"]["log"] == [evil]
+    written = write_run(run, tmp_path / "out")
+    assert all(path.parent.parent == tmp_path / "out" for path in written.files)

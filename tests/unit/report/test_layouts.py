@@ -1,0 +1,231 @@
+"""Records in, tables out: every number worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unbackdoor.errors import InvalidInputError
+from unbackdoor.report.layouts.defences import stability_tables
+from unbackdoor.report.layouts.filters import clouds, rank_correlation
+from unbackdoor.report.layouts.suites import LAYOUTS, figures_of, tables_of
+from unbackdoor.report.run import Run, read_run
+from unbackdoor.report.tables import Table, shown
+
+from .runs import cell, detected, make_run, purified, write
+
+Records = list[tuple[str, dict[str, Any]]]
+
+
+def run_of(folder: Path, layout: str, records: Records, **plan: object) -> Run:
+    write(folder, layout, records, **plan)
+    return read_run(folder)
+
+
+def rows(table: Table) -> dict[tuple[str, ...], list[str]]:
+    """Return the texts of rows by their leading texts."""
+    found = {}
+    for row in table.rows:
+        texts = [shown(entry, column) for entry, column in zip(row, table.columns, strict=True)]
+        lead = sum(not column.parts for column in table.columns)
+        found[tuple(texts[:lead])] = texts[lead:]
+    return found
+
+
+def test_the_grid_sets_the_papers_values_below_and_averages_infected_models_only(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    grid, summary = tables_of(read_run(tmp_path))
+    assert [column.title for column in grid.columns] == [
+        "model",
+        "source",
+        "No defence",
+        "MNP",
+        "FT-SAM",
+        "CLP",
+    ]
+    found = rows(grid)
+    assert found["BadNets", "measured"] == [
+        "86.00 / 100.00",
+        "85.00 / 1.50",
+        "83.00 / 10.00",
+        "84.00 / 90.00",
+    ]
+    assert found["BadNets", "paper"] == ["92.43 / 100.00", "92.11 / 0.47", "-", "91.54 / 1.34"]
+    assert found["Blend", "measured"][-1] == "refused"
+    assert found["clean", "measured"][1] == "86.00 / -"
+    assert found["Average", "measured"] == ["86.00 / 100.00", "84.50 / 1.75", "82.50 / 20.00", "-"]
+    assert found["Average", "paper, printed"] == ["94.42 / 98.83", "92.23 / 4.03", "-", "88.68 / 21.41"]
+    assert found["Average", "paper, computed"] == ["92.94 / 99.43", "92.23 / 4.03", "-", "88.48 / 21.42"]
+    best = [entry.best for entry in grid.rows[0]]
+    assert best == [False, False, False, True, False, False]
+    assert grid.command == "unbackdoor bench mine --size cpu --data CIFAR10_FOLDER"
+    assert next(iter(rows(summary))) == ("mnp",)
+    assert rows(summary)["mnp",][1] == "1.75"
+
+
+def test_draws_are_averaged_and_what_is_missing_is_said(tmp_path: Path) -> None:
+    records: Records = [
+        ("ours", purified(cell("badnets", "mnp", seed=seed), ca=ca, asr=asr))
+        for seed, ca, asr in ((0, 0.80, 0.02), (1, 0.84, 0.04))
+    ]
+    records.append(("ours", {"cell": cell("badnets", "mnp", seed=2), "status": "missing"}))
+    run = run_of(tmp_path, "table1", records, missing_models=["lira"])
+    grid = tables_of(run)[0]
+    assert rows(grid)["BadNets", "measured"][1] == "82.00 / 3.00"
+    assert "1 of 3 questions are not answered yet." in grid.notes
+    assert "Models not trained yet: lira." in grid.notes
+
+
+def test_poison_rates_find_their_column_by_what_was_poisoned(tmp_path: Path) -> None:
+    records: Records = []
+    for model, poisoned, rule in (
+        ("a", 250, "all_to_one"),
+        ("b", 5000, "all_to_one"),
+        ("c", 5000, "all_to_all"),
+    ):
+        one = purified(cell(model, "mnp"), ca=0.8, asr=0.1)
+        records.append(("ours", {**one, "trained": {"poisoned": poisoned, "label_rule": {"rule": rule}}}))
+    table = tables_of(run_of(tmp_path, "table3", records))[0]
+    assert table.columns[2].title == "0.5 %, no defence"
+    found = rows(table)
+    assert found["BadNets-A2O", "measured"][:2] == ["86.00 / 100.00", "80.00 / 10.00"]
+    assert found["BadNets-A2O", "measured"][2] == "-"
+    assert found["BadNets-A2O", "measured"][7] == "80.00 / 10.00"
+    assert found["BadNets-A2A", "measured"][7] == "80.00 / 10.00"
+    assert found["BadNets-A2A", "paper"][7] == "92.07 / 0.97"
+
+
+def test_detection_counts_misses_targets_and_false_alarms(tmp_path: Path) -> None:
+    records: Records = [
+        ("d", detected(cell("badnets", "nc", task="detect", seed=0), attack="badnets", score=0.9)),
+        ("d", detected(cell("badnets", "nc", task="detect", seed=1), attack="badnets", score=0.8, target=3)),
+        ("d", detected(cell("blend", "nc", task="detect"), attack="blend", score=0.1)),
+        ("d", detected(cell("clean", "nc", task="detect"), attack=None, score=0.7)),
+        ("d", detected(cell("clean-2", "nc", task="detect"), attack=None, score=0.2)),
+    ]
+    rates, scores = tables_of(run_of(tmp_path, "table4", records))
+    found = rows(rates)
+    assert found["NC", "measured"] == ["100.00", "0.00", "50.00", "50.00", "50.00", "0.00", "1.0"]
+    assert found["NC", "paper"][:3] == ["100.00", "20.50", "51.33"]
+    assert "2 infected and 2 clean models" in rates.notes[0]
+    assert rows(scores)["BadNets",] == ["0.850 / 0.500"]
+
+
+def ablated(model: str) -> dict[str, Any]:
+    layer = {"magnitude": [1.0, 2.0, 3.0, 4.0], "clc": [0.1, -0.1, 0.2, -0.2], "blc": [-1.0, 1.0, 2.0, -2.0]}
+    other = {"magnitude": [1.0, 1.0], "clc": [0.0, 1.0], "blc": [5.0, 5.0]}
+    return {
+        "cell": cell(model, "ablate", task="ablate"), "status": "ok", "attack": model,
+        "filters": {"a": layer, "b": other, "c": other, "d": other, "e": other},
+        "cost": {"seconds": 1.0, "forward_images": 0, "backward_images": 0},
+    }  # fmt: skip
+
+
+def test_filters_are_counted_by_kind_in_shallow_and_deep_layers(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "fig1", [("filters", ablated("badnets"))])
+    assert [(cloud.depth, len(cloud.clc)) for cloud in clouds(run.answers)] == [("shallow", 4), ("deep", 2)]
+    (table,) = tables_of(run)
+    found = rows(table)
+    # Clean, backdoor, hybrid, redundant: one of each.
+    assert found["BadNets", "shallow"][:5] == ["4", "25.0", "25.0", "25.0", "25.0"]
+    assert found["BadNets", "shallow"][5] == "-0.40"
+    assert found["BadNets", "shallow"][7:] == ["2.000", "1.000"]
+    assert found["BadNets", "deep"][5] == "-"
+    assert [figure.name for figure in figures_of(run)] == ["fig1"]
+
+
+def test_rank_correlation_agrees_with_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats", reason="the extra detect is not installed")
+    a, b = [3.0, 1.0, 2.0, 2.0, 5.0, 2.0], [0.1, 0.4, 0.4, 0.2, 0.9, 0.3]
+    assert rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert math.isnan(rank_correlation(a, [1.0] * 6))
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "names", "head"),
+    [
+        ("fig3", [{"clean_images": 50}, {"clean_images": 500}], ["fig3"], "images 50"),
+        (
+            "fig4",
+            [{"options": {"lambda1": "0", "lambda2": "0"}}, {"options": {"suppression.mu": "0.1"}}],
+            ["fig4-lambda", "fig4-mu"],
+            "lambda 0",
+        ),
+    ],
+)
+def test_sweeps_have_a_column_a_value(
+    tmp_path: Path, layout: str, changes: list[dict[str, Any]], names: list[str], head: str
+) -> None:
+    records: Records = [("ours", purified(cell("badnets", "mnp", **c), ca=0.8, asr=0.1)) for c in changes]
+    run = run_of(tmp_path, layout, records)
+    tables = tables_of(run)
+    assert [table.name for table in tables] == names
+    assert tables[0].columns[2].title == head
+    assert rows(tables[0])["BadNets", "our settings"][0] == "80.00 / 10.00"
+    assert [figure.name for figure in figures_of(run)] == names
+
+
+def test_costs_stand_beside_the_papers_seconds_the_cheapest_first(tmp_path: Path) -> None:
+    slow = purified(cell("badnets", "rnp"), ca=0.8, asr=0.1)
+    slow["cost"] = {**slow["cost"], "seconds": 60.0}
+    records: Records = [("ours", slow), ("ours", purified(cell("badnets", "clp"), ca=0.8, asr=0.1))]
+    (table,) = tables_of(run_of(tmp_path, "runtime", records))
+    found = rows(table)
+    assert list(found) == [("clp",), ("rnp",)]
+    assert found["clp",] == ["2.5", "6.0 / 4.0", "800", "80.00 / 10.00", "-"]
+    assert found["rnp",][-1] == "71"
+    assert "Measured on a processor, 1 threads." in table.notes
+
+
+def test_stability_is_the_mean_absolute_move_from_the_defaults(tmp_path: Path) -> None:
+    def one(options: dict[str, str], seed: int, ca: float, asr: float) -> tuple[str, dict[str, Any]]:
+        return "options", purified(cell("badnets", "mnp", options=options, seed=seed), ca=ca, asr=asr)
+
+    records: Records = [
+        one({}, 0, 0.80, 0.10), one({}, 1, 0.82, 0.02),
+        one({"a": "1"}, 0, 0.78, 0.20), one({"a": "1"}, 1, 0.83, 0.02), one({"a": "4"}, 0, 0.80, 0.00),
+    ]  # fmt: skip
+    run = run_of(tmp_path, "sok", records)
+    methods, options = stability_tables(run, run.of("options"))
+    assert rows(options)["MNP", "a=1"] == ["1.50", "5.00"]
+    assert rows(options)["MNP", "a=4"] == ["0.00", "10.00"]
+    assert rows(methods)["MNP",][:4] == ["1", "1.00", "6.67", "10.00"]
+
+
+def test_what_the_review_asks_for_has_its_tables(tmp_path: Path) -> None:
+    records: Records = [
+        ("no attack", purified(cell("clean", "ft"), ca=0.80, asr=None)),
+        ("low rates", purified(cell("badnets-1pct", "ft"), ca=0.80, asr=0.5)),
+        ("architectures", purified(cell("badnets-vgg", "ft"), ca=0.80, asr=0.5)),
+        ("clean images", purified(cell("badnets", "ft", clean_images=50), ca=0.70, asr=0.5)),
+        ("clean images", purified(cell("clean", "ft", clean_images=50), ca=0.75, asr=None)),
+    ]
+    tables = {table.name: table for table in tables_of(run_of(tmp_path, "sok", records))}
+    assert rows(tables["no-attack"])["ft",] == ["86.00", "80.00", "6.00", "7.0", "2.5", "6.0 / 4.0"]
+    assert rows(tables["low-rates"])["ft",] == ["80.00 / 50.00", "2.5", "6.0 / 4.0"]
+    assert rows(tables["low-rates"])["no defence",][0] == "86.00 / 100.00"
+    assert rows(tables["clean-images-infected"])["ft",][0] == "70.00 / 50.00"
+    assert rows(tables["clean-images-clean"])["ft",][0] == "75.00 / -"
+    assert {"architectures", "stability", "stability-options"} <= set(tables)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "nobody's"])
+def test_a_run_without_any_answer_is_shown_all_the_same(tmp_path: Path, layout: str) -> None:
+    task: Callable[[str], str] = lambda name: {"table4": "detect", "fig1": "ablate"}.get(name, "purify")  # noqa: E731
+    question = cell("badnets", "mnp", task=task(layout), options={"lambda1": "0"})
+    run = run_of(tmp_path, layout, [("ours", {"cell": question, "status": "missing"})])
+    assert tables_of(run)
+    figures_of(run)
+
+
+@pytest.mark.parametrize("text", ["{", '{"cells": 3}', "[]"])
+def test_what_is_no_run_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InvalidInputError, match="cannot be read as the plan of a run"):
+        read_run(tmp_path)
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(InvalidInputError, match="cannot be read as the plan of a run"):
+        read_run(tmp_path)
