@@ -46,6 +46,7 @@ def calibrate(
     from unbackdoor.catalogue import find
     from unbackdoor.cli import calibrating, console, inputs, show
     from unbackdoor.cli import surrogates as surrogates_of
+    from unbackdoor.compute import device_named
     from unbackdoor.detect.registry import MODEL_DETECTORS
     from unbackdoor.detect.scan import Scan
     from unbackdoor.errors import InvalidInputError
@@ -76,7 +77,7 @@ def calibrate(
             num_classes=num_classes or data.num_classes,
             epochs=epochs,
             seed=seed,
-            device=inputs.device_named(device),
+            device=device_named(device),
         ).models(surrogates)
         words = f"trained on {len(training)} images of {Path(clean).name} for {epochs} epochs each"
     else:
