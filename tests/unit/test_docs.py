@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from unbackdoor.attacks.registry import ATTACKS
+from unbackdoor.purify.registry import PURIFIERS
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {page.relative_to(DOCS).as_posix(): page for page in sorted(DOCS.rglob("*.md"))}
 
 
-def test_the_pages_of_methods_are_made_from_the_code() -> None:
-    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+@pytest.mark.parametrize("script", ["generate", "generate_ledger", "generate_suites"])
+def test_generated_pages_are_made_from_the_code(script: str) -> None:
+    spec = importlib.util.spec_from_file_location(script, DOCS / f"{script}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.PAGE.read_text() == module.page(), "run python docs/generate.py"
-    assert module.GRAPHS_PAGE.read_text() == module.graphs_page(), "run python docs/generate.py"
+    assert module.PAGE.read_text() == module.page(), f"run python docs/{script}.py"
+    if script == "generate":
+        assert module.GRAPHS_PAGE.read_text() == module.graphs_page(), "run python docs/generate.py"
+
+
+def test_the_ledger_speaks_of_every_purifier_and_of_no_other() -> None:
+    facts = tomllib.loads((DOCS / "ledger.toml").read_text())
+    assert set(facts) == set(PURIFIERS)
+    assert all(entry["ours"] and entry["theirs"] and entry["bugs"] for entry in facts.values())
 
 
 def test_every_attack_has_a_section() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def test_a_bug_in_a_method_is_a_record(bench: Bench, monkeypatch: pytest.MonkeyP
 
 
 def detection(
-    bench: Bench, model: str, method: str, options: dict[str, str] | None = None, *, samples: int = 0
+    bench: Bench, model: str, method: str, *, samples: int = 0, options: Mapping[str, str] | None = None
 ) -> Record:
     one = cell_of(
         bench.entry(model),
@@ -141,13 +142,13 @@ def detection(
 
 
 def test_detectors_of_models_training_sets_and_inputs_are_asked_in_their_ways(bench: Bench) -> None:
-    model = detection(bench, "badnets", "collapse", {"suppression.budget": "5"})
+    model = detection(bench, "badnets", "collapse", options={"suppression.budget": "5"})
     assert (model["kind"], model["true_target"]) == ("model", 0)
     assert model["flagged"] is (None if model["undetermined"] else model["score"] >= model["threshold"])
     trained_on = detection(bench, "badnets", "sc", samples=60)
     assert trained_on["status"] == "ok", trained_on
     assert trained_on["kind"] == "training set"
-    inputs = detection(bench, "badnets", "strip", {"n": "4"})
+    inputs = detection(bench, "badnets", "strip", options={"n": "4"})
     assert inputs["kind"] == "inputs"
     assert inputs["inputs_caught"]["n"] == 45  # of 60 test images, those that are not of the target class
     assert 0 <= inputs["area_under_curve"] <= 1

@@ -97,11 +97,11 @@ def test_killed_at_random_moments_it_ends_with_the_records_of_an_undisturbed_run
         for runner in runners:
             runner.start()
         for runner in runners:
-            runner.join(chance.uniform(0.002, 0.08 + 0.005 * kills))  # ends on slow machines, too
+            runner.join(chance.uniform(0.002, 0.03 + 0.005 * kills))  # ends on slow machines, too
             kills += runner.is_alive()
             runner.kill()
             runner.join()
-    assert kills >= 10, "the test would show nothing"
+    assert kills >= 5, "the test would show nothing"
     lines = stormy.read_text().splitlines()
     records = [json.loads(line) for line in lines if line.endswith("}")]
     assert len(records) == len({record["key"] for record in records}) == len(NUMBERS), (

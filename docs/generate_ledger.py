@@ -1,0 +1,96 @@
+"""Write docs/reference/fairness.md: what every purifier is given, spends and leaves out, so that tables compare.
+
+    python docs/generate_ledger.py
+
+From the docstrings, docs/ledger.toml, and, where they are committed, the records of the suite ``runtime``. A
+test compares the committed page with what this makes.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from unbackdoor import catalogue
+from unbackdoor.bench.store import Record, Store
+from unbackdoor.purify.registry import PURIFIERS
+
+HERE = Path(__file__).parent
+PAGE = HERE / "reference" / "fairness.md"
+FACTS = HERE / "ledger.toml"
+RECORDS = HERE.parent / "results" / "runtime" / "records.jsonl"
+
+HEAD = """# Fairness ledger
+
+Made by `python docs/generate_ledger.py`; change the docstrings or docs/ledger.toml.
+
+What a comparison of defences rests on. All purifiers get the same model, the same clean images (500 by default, drawn
+balanced over the classes by the seed) and a seed, and nothing else; none sees a trigger, a poisoned image, a test image
+or the attack success rate, which `make lint` checks by the imports. **By default all methods that prune share one
+rule for how much**, so that a table compares rankings; `--paper` takes each paper's own. How our defaults were chosen
+stands in RESULTS.md.
+
+Image passes and seconds come from the records of `unbackdoor bench runtime` (one BadNets model, 500 clean images,
+nothing else running); passes compare across machines, seconds do not.
+"""
+
+UNMEASURED = "The records of that suite are not in the project yet, so the columns on cost are empty.\n"
+
+_SECTIONS = ("Deviations", "Choices of ours", "Not reproduced", "Beyond the paper", "The paper does this")
+
+
+def page() -> str:
+    """Return the whole page."""
+    facts = tomllib.loads(FACTS.read_text())
+    costs = measured()
+    rows = ["| method | gets | images | passes, thousands | seconds | how much, by default | in the paper |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    rows += [_row(cls, facts[name], costs.get(name)) for name, cls in PURIFIERS.items()]
+    sections = [_section(cls, facts[name]) for name, cls in PURIFIERS.items()]
+    note = "" if costs else f"\n{UNMEASURED}"
+    return "\n".join([HEAD + note, *rows, "", *sections])
+
+
+def measured() -> dict[str, Record]:
+    """Return a record of each method with its default options, by name."""
+    found: dict[str, Record] = {}
+    for record in Store(RECORDS).records().values():
+        cell = record.get("cell", {})
+        if record["status"] == "ok" and not cell.get("paper") and not cell.get("options"):
+            found[cell["method"]] = record
+    return found
+
+
+def _row(cls: type[Any], facts: dict[str, Any], record: Record | None) -> str:
+    entry = catalogue.entry("purifier", cls)
+    cost = ["", "", ""]
+    if record is not None:
+        spent = record["cost"]
+        passes = (
+            f"{spent['forward_images'] / 1000:.1f} forward, {spent['backward_images'] / 1000:.1f} backward"
+        )
+        cost = [str(record["cell"]["clean_images"]), passes, f"{spent['seconds']:.1f}"]
+    link = f"[{entry.name}](#{entry.name})"
+    return f"| {' | '.join([link, entry.needs, *cost, facts['ours'], facts['theirs']])} |"
+
+
+def _section(cls: type[Any], facts: dict[str, Any]) -> str:
+    entry = catalogue.entry("purifier", cls)
+    paragraphs = catalogue.description(cls).split("\n\n")
+    ours = [_markdown(p) for p in paragraphs if p.startswith(_SECTIONS)]
+    lines = [f"## {entry.name}", "", f"*{entry.title}. {entry.source}.*", ""]
+    for paragraph in ours or ["Deviations: none."]:
+        lines += [paragraph, ""]
+    if facts["bugs"]:
+        lines += ["Not repeated from elsewhere:", "", *(f"- {bug}" for bug in facts["bugs"]), ""]
+    return "\n".join(lines)
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"``([^`]+)``", r"`\1`", text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
