@@ -103,10 +103,6 @@ def read_data(options: DataOptions) -> LabelledImages:
     Raises:
         InvalidInputError: If there are no such images, or the size is none.
     """
-    if options.image_size is not None and options.image_size < 1:
-        raise InvalidInputError(
-            f"image_size must be from 1 to 4096 pixels, got {options.image_size}; choose the model's."
-        )
     names = options.class_names.split(",") if options.class_names else None
     return load_images(options.path, split=options.split, image_size=options.image_size, class_names=names)
 

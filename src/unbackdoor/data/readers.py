@@ -62,7 +62,7 @@ def load_images(
     """
     if limit is not None and limit < 1:
         raise InvalidInputError(f"limit must be at least 1, got {limit}; leave it out to read all images.")
-    if image_size is not None and not 1 <= image_size**2 <= MAX_PIXELS:
+    if image_size is not None and not 1 <= image_size <= int(MAX_PIXELS**0.5):
         raise InvalidInputError(
             f"image_size must be from 1 to {int(MAX_PIXELS**0.5)} pixels, got {image_size}; "
             "choose the model's."
