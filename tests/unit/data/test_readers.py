@@ -231,7 +231,9 @@ def test_class_names_for_unnamed_classes(tmp_path: Path) -> None:
         load_images(path, class_names=["a", "b"])
 
 
-@pytest.mark.parametrize("option", [{"limit": 0}, {"image_size": 0}, {"image_size": -4}, {"image_size": 5000}])
+@pytest.mark.parametrize(
+    "option", [{"limit": 0}, {"image_size": 0}, {"image_size": -4}, {"image_size": 5000}]
+)
 def test_options_are_checked(tmp_path: Path, option: dict[str, int]) -> None:
     with pytest.raises(InvalidInputError, match=f"got {next(iter(option.values()))}"):
         load_images(tmp_path, limit=option.get("limit"), image_size=option.get("image_size"))
