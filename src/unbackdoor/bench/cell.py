@@ -68,16 +68,21 @@ class Cell:
     @property
     def label(self) -> str:
         """A few words for people."""
-        words = ["paper"] if self.paper else []
-        words += [f"{name}={value}" for name, value in self.options.items()]
-        settings = f" ({', '.join(words)})" if words else ""
         images = f" {self.clean_images} images" if self.clean_images != USUAL_IMAGES else ""
-        return f"{self.model} {self.method}{settings}{images} seed {self.seed}"
+        return f"{task_label(self.model, self.method, self.paper, self.options)}{images} seed {self.seed}"
 
     @property
     def group(self) -> str:
         """Cells of a group take about the same time."""
         return f"{self.task} {self.method}{' (paper)' if self.paper else ''} {self.clean_images}"
+
+
+def task_label(model: str, method: str, paper: bool, options: Mapping[str, str]) -> str:
+    """Name a method with what was set, on a model, for people."""
+    words = ["paper"] if paper else []
+    words += [f"{name}={value}" for name, value in options.items()]
+    settings = f" ({', '.join(words)})" if words else ""
+    return f"{model} {method}{settings}"
 
 
 def key_of(description: Mapping[str, Any]) -> str:

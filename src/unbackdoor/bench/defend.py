@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -190,7 +190,7 @@ def run(
     cells: Iterable[Asked],
     store: Store,
     *,
-    said: Any = print,  # noqa: ANN401 - anything that takes a line
+    said: Callable[[str], object] = print,
 ) -> None:
     """Answer the cells that nobody has answered yet, in turn; others may run the same list beside.
 
@@ -206,12 +206,14 @@ def run(
 class Lines(Watcher):
     """Says a line for each new record."""
 
-    def __init__(self, said: Any) -> None:  # noqa: ANN401 - anything that takes a line
-        self.said = said
+    def __init__(
+        self, said: Callable[[str], object], line: Callable[[str, Record], str] | None = None
+    ) -> None:
+        self.said, self.line = said, line or line_of
 
     def ended(self, task: Task, record: Record, tally: Tally) -> None:
         """Say what came of a task."""
-        self.said(line_of(task.label, record))
+        self.said(self.line(task.label, record))
 
 
 def line_of(label: str, record: Record) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor import rng
-from unbackdoor.bench.cell import key_of
+from unbackdoor.bench.cell import key_of, task_label
 from unbackdoor.bench.records import answered
 from unbackdoor.bench.store import Record
 from unbackdoor.bench.tables import label_of, markdown, percent
@@ -64,10 +64,7 @@ class GraphCell:
     @property
     def label(self) -> str:
         """A few words for people."""
-        words = ["paper"] if self.paper else []
-        words += [f"{name}={value}" for name, value in self.options.items()]
-        settings = f" ({', '.join(words)})" if words else ""
-        return f"{self.model} {self.method}{settings} seed {self.seed}"
+        return f"{task_label(self.model, self.method, self.paper, self.options)} seed {self.seed}"
 
     @property
     def group(self) -> str:

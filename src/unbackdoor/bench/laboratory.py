@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,11 +14,10 @@ from pathlib import Path
 from unbackdoor.bench import training
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.defend import Bench
-from unbackdoor.bench.recording import Log, circumstances
+from unbackdoor.bench.records import recorded
 from unbackdoor.bench.store import Record
 from unbackdoor.compute import device_named
 from unbackdoor.data import load_images
-from unbackdoor.errors import UnbackdoorError
 from unbackdoor.types import LabelledImages, silent
 
 
@@ -77,30 +75,25 @@ class Laboratory:
         return bench.answer(task)
 
     def _train(self, task: Training) -> Record:
-        log, started = Log(silent), time.perf_counter()
-        record: Record = {
+        about = {
             "key": task.key,
             "kind": "training",
             "model": task.job.out.name,
             "command": task.job.command(),
-            **circumstances(device_named(self.device)),
         }
-        try:
-            card = training.run_alone(task.job, log)
-        except UnbackdoorError as error:
-            result: Record = {"status": "refused", "problem": str(error)}
-        except Exception as error:  # noqa: BLE001 - one model must not end a grid
-            result = {"status": "failed", "problem": f"{type(error).__name__}: {error}"}
-        else:
-            result = _trained(task, card)
-        return record | result | {"log": log.lines(), "seconds": round(time.perf_counter() - started, 2)}
+        return recorded(
+            about,
+            lambda log: _trained(task, training.run_alone(task.job, log)),
+            progress=silent,
+            device=device_named(self.device),
+        )
 
 
 def _trained(task: Training, card: Record | None) -> Record:
     if card is None:
         return {"status": "failed", "problem": f"another process trains {task.job.out}; start again later"}
     problems = card.get("validity", {}).get("problems", [])
-    return {"status": "ok", "metrics": card["metrics"], "problems": problems}
+    return {"metrics": card["metrics"], "problems": problems}
 
 
 @lru_cache(maxsize=4)

@@ -38,14 +38,32 @@ def answered(
         progress: Called during the work.
         device: Where networks run; None for the CPU.
     """
-    log = Log(progress)
+    about = {"key": cell.key, "cell": cell.describe()}
+    return recorded(about, measure, progress=progress, device=device)
+
+
+def recorded(
+    about: Record,
+    measure: Callable[[Progress], dict[str, Any]],
+    *,
+    progress: Progress,
+    device: torch.device | None = None,
+) -> Record:
+    """Do some work, and return what it was about, how it ended, under which circumstances, and its log.
+
+    Args:
+        about: JSON values that say what is done.
+        measure: As in ``answered``; may give a ``status`` of its own.
+        progress: Called during the work.
+        device: Where networks run; None for the CPU.
+    """
+    log, started = Log(progress), time.perf_counter()
     where = torch.device("cpu") if device is None else device
-    record: Record = {"key": cell.key, "cell": cell.describe(), **circumstances(where)}
-    started = time.perf_counter()
     try:
         result = {"status": "ok"} | measure(log)
     except UnbackdoorError as error:
         result = {"status": "refused", "problem": str(error)}
-    except Exception as error:  # noqa: BLE001 - one method must not end a grid
+    except Exception as error:  # noqa: BLE001 - one question must not end a grid; the record says what broke
         result = {"status": "failed", "problem": f"{type(error).__name__}: {error}"}
-    return record | result | {"log": log.lines(), "seconds": round(time.perf_counter() - started, 2)}
+    seconds = round(time.perf_counter() - started, 2)
+    return about | circumstances(where) | result | {"log": log.lines(), "seconds": seconds}

@@ -6,7 +6,6 @@ A model is scored without a threshold; thresholds come later, from the scores of
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -15,16 +14,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import unbackdoor
 from unbackdoor import rng
 from unbackdoor.bench import zoo
+from unbackdoor.bench.cell import key_of
+from unbackdoor.bench.defend import Lines
+from unbackdoor.bench.executors import Inline
+from unbackdoor.bench.records import answered
+from unbackdoor.bench.runner import drive
 from unbackdoor.bench.store import Record, Store
 from unbackdoor.catalogue import find
 from unbackdoor.data.splits import draw_balanced
 from unbackdoor.detect.calibration import options_of
 from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.detect.scan import Scan
-from unbackdoor.errors import InvalidInputError, UnbackdoorError
+from unbackdoor.errors import InvalidInputError
 from unbackdoor.settings import configure
 from unbackdoor.types import Detection, LabelledImages, Progress, silent
 
@@ -120,9 +123,22 @@ class Question:
 
     @property
     def key(self) -> str:
-        """SHA-256 of the canonical JSON text: equal questions have equal keys."""
-        text = json.dumps({"version": VERSION, **asdict(self)}, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Equal questions have equal keys."""
+        return key_of({"version": VERSION, **self.describe()})
+
+    @property
+    def label(self) -> str:
+        """A few words for people."""
+        return f"{self.data} {self.model} {self.detector}"
+
+    @property
+    def group(self) -> str:
+        """Questions of a group take about the same time."""
+        return f"{self.data} {self.detector}"
+
+    def describe(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
 
 
 def question(
@@ -157,21 +173,15 @@ class Trial:
     def answer(self, asked: Question, *, progress: Progress = silent) -> Record:
         """Return the record of a question; what a detector refuses or fails at is a record too."""
         entry = zoo.entry_named(self.root, asked.model)
-        record: Record = {
-            "key": asked.key,
-            "cell": asdict(asked),
-            "unbackdoor": unbackdoor.__version__,
+        history = {
             "attack": entry.card.get("attack"),
             "label_rule": entry.card.get("label_rule"),
             "valid": entry.is_clean or bool(entry.card.get("validity", {}).get("valid", True)),
             "metrics": {name: entry.rate(name) for name in ("clean_accuracy", "attack_success")},
         }
-        try:
-            return record | {"status": "ok", "detections": self._detect(entry, asked, progress)}
-        except UnbackdoorError as error:
-            return record | {"status": "refused", "problem": str(error)}
-        except (RuntimeError, ValueError, ArithmeticError) as error:  # one detector must not end a trial
-            return record | {"status": "failed", "problem": f"{type(error).__name__}: {error}"}
+        return history | answered(
+            asked, lambda log: {"detections": self._detect(entry, asked, log)}, progress=progress
+        )
 
     def _detect(self, entry: zoo.Entry, asked: Question, progress: Progress) -> dict[str, Any]:
         model = zoo.load_network(entry)
@@ -191,15 +201,7 @@ def run(
     trial: Trial, questions: Iterable[Question], store: Store, *, said: Callable[[str], None] = print
 ) -> None:
     """Answer the questions that nobody has answered yet, in turn; others may run the same list beside."""
-    for asked in questions:
-        if asked.key in store.records():
-            continue
-        with store.claim(asked.key) as free:
-            if not free or asked.key in store.records():
-                continue
-            record = trial.answer(asked)
-            store.add(record)
-        said(_line(asked, record))
+    drive(list(questions), trial.answer, store, Inline(), watcher=Lines(said, _line))
 
 
 def _method(detector: str, options: Sequence[str]) -> Any:  # noqa: ANN401 - a scan or any model detector
@@ -218,12 +220,11 @@ def _described(detection: Detection, seconds: float) -> dict[str, Any]:
     }
 
 
-def _line(asked: Question, record: Record) -> str:
-    what = f"{asked.data} {asked.model} {asked.detector}"
+def _line(label: str, record: Record) -> str:
     if record["status"] != "ok":
-        return f"{what}: {record['status']}: {record['problem']}"
+        return f"{label}: {record['status']}: {record['problem']}"
     scores = ", ".join(
         f"{name} {'-' if found['score'] is None else format(found['score'], '.3f')}"
         for name, found in record["detections"].items()
     )
-    return f"{what}: {scores}"
+    return f"{label}: {scores}"
