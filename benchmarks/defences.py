@@ -26,7 +26,7 @@ from unbackdoor.bench.store import Store
 from unbackdoor.bench.tables import model_table, summary_table
 from unbackdoor.purify.registry import PURIFIERS
 
-TUNING = ("badnets", "badnets-1pct", "blend", "cl", "clean", "dfst", "iab", "wanet")
+TUNING = ("badnets", "badnets-1pct", "blend", "blend-2pct", "cl", "clean", "dfst", "iab", "wanet")
 """Models that were in sight while MNP's defaults were chosen; claims rest on the others."""
 
 

@@ -133,7 +133,8 @@ def _shift_warning(model: nn.Module, clean: LabelledImages) -> tuple[str, ...]:
     return (
         "Inside the network the images look unlike those that it was trained on (means differ by "
         f"{shift:.2f} standard deviations): they may be of another source, size, brightness or "
-        "normalisation, and the thresholds may not hold.",
+        "normalisation, or the network was changed after its training, as by pruning; the thresholds may not "
+        "hold.",
     )
 
 

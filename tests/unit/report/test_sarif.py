@@ -71,5 +71,5 @@ def test_the_log_says_which_file_and_holds_the_numbers() -> None:
 
 
 def test_absolute_paths_become_file_uris() -> None:
-    log = sarif(document("clean", path="/tmp/é.pth"))
-    assert log["runs"][0]["artifacts"][0]["location"]["uri"] == "file:///tmp/%C3%A9.pth"
+    log = sarif(document("clean", path="/models/é.pth"))
+    assert log["runs"][0]["artifacts"][0]["location"]["uri"] == "file:///models/%C3%A9.pth"
