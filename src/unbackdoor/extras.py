@@ -26,5 +26,5 @@ def require(module: str, *, extra: str) -> ModuleType:
     except (ImportError, OSError, RuntimeError) as error:
         raise MissingDependencyError(
             f"This needs {module.split('.', maxsplit=1)[0]!r}, which could not be imported ({error}); "
-            f'install it with: pip install "unbackdoor[{extra}]".'
+            f"install it, in the project's folder, with: pip install -c constraints.txt -e '.[{extra}]'."
         ) from error

@@ -225,7 +225,11 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise InvalidInputError(f"{path} cannot be read as a model card ({error}).") from error
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise InvalidInputError(
+            f"{path} cannot be read as a model card ({problem}); give a folder that `unbackdoor attack` "
+            "wrote."
+        ) from error
     if not isinstance(card, dict):
         raise InvalidInputError(f"{path} holds no JSON object; it is not a model card.")
     check_card(card, path)

@@ -36,7 +36,10 @@ def read_spec(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{path} cannot be read as a list of models ({error}).") from error
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise InvalidInputError(
+            f"{path} cannot be read as a list of models ({problem}); name the folder of the zoo with --zoo."
+        ) from error
     check_spec(content, str(path))
     return content
 

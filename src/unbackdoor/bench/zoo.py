@@ -52,7 +52,8 @@ def entries(root: Path) -> list[Entry]:
     """
     folders = sorted(path.parent for path in root.glob("*/card.json")) if root.is_dir() else []
     if not folders:
-        raise InvalidInputError(f"{root} holds no models; give the folder of a zoo with --zoo.")
+        problem = "holds no models" if root.is_dir() else "does not exist"
+        raise InvalidInputError(f"{root} {problem}; give the folder of a zoo with --zoo.")
     found = [Entry(folder.name, folder, read_card(folder)) for folder in folders]
     for entry in found:
         if "clean_accuracy" not in entry.card.get("metrics", {}):
@@ -189,10 +190,14 @@ def update_card(entry: Entry, measured: Mapping[str, Any]) -> None:
 
 def twin_of(entry: Entry, root: Path, default: str = "clean") -> nn.Module | None:
     """Return the clean twin of an infected model: the one that its card names, else ``default``."""
-    name = str(entry.card.get("twin", default))
-    if entry.is_clean or not (root / name / "card.json").exists():
-        return None
-    return load_network(entry_named(root, name))
+    folder = twin_folder(entry, root, default)
+    return None if folder is None else load_network(entry_named(root, folder.name))
+
+
+def twin_folder(entry: Entry, root: Path, default: str = "clean") -> Path | None:
+    """Return where ``twin_of`` finds the clean twin; None for a clean model, or if there is no twin."""
+    folder = root / str(entry.card.get("twin", default))
+    return folder if not entry.is_clean and (folder / "card.json").exists() else None
 
 
 def verify(

@@ -55,8 +55,6 @@ def calibrate(
     if bool(models) == bool(surrogates):
         raise InvalidInputError("give either clean models, or a number of --surrogates to train.")
     show.check_folder(out)
-    if force:
-        out.unlink(missing_ok=True)
     scan = configure(Scan(), settings or [])
     others = tuple(find("model detector", MODEL_DETECTORS, name)() for name in detector or [])
     data = inputs.read_data(inputs.DataOptions(clean, split, clean_count, image_size, class_names))
@@ -82,7 +80,9 @@ def calibrate(
         words = f"trained on {len(training)} images of {Path(clean).name} for {epochs} epochs each"
     else:
         options = inputs.ModelOptions(Path(), arch, num_classes, width, mean, std, normalize, device)
-        entries = [calibrating.from_file(options, path) for path in calibrating.model_files(models or [])]
+        files = calibrating.model_files(models or [])
+        show.check_folder(out, *files)
+        entries = [calibrating.from_file(options, path) for path in files]
         words = f"{arch} models of your own"
     plan = calibrating.Plan(
         out=out,
@@ -94,6 +94,7 @@ def calibrate(
         origin="surrogates" if surrogates else "models",
         description=description or words,
         architecture=arch,
+        anew=force,
     )
     with console.progress_bar(hidden=as_json) as progress:
         found = calibrating.calibrate(plan, entries, progress=progress, say=console.warn)

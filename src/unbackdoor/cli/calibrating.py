@@ -60,6 +60,7 @@ class Plan:
         origin: See ``CalibrationSet``.
         description: Which models these are, in words.
         architecture: Their name.
+        anew: Do not go on with what the file holds; the first scored model replaces it.
     """
 
     out: Path
@@ -71,6 +72,7 @@ class Plan:
     origin: Origin
     description: str
     architecture: str
+    anew: bool = False
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Return the options of all detectors by name."""
@@ -194,7 +196,7 @@ def _started(plan: Plan) -> CalibrationSet | None:
     Raises:
         InvalidInputError: If the file holds something else.
     """
-    if not plan.out.exists():
+    if plan.anew or not plan.out.exists():
         return None
     found = read_calibration(plan.out)
     wanted = (plan.options(), plan.origin, plan.description, min(plan.images, len(plan.pool)))

@@ -1,4 +1,4 @@
-"""``unbackdoor demo``: the whole story on embedded data, in about a minute."""
+"""``unbackdoor demo``: the whole story on embedded data, in about two minutes."""
 
 from __future__ import annotations
 

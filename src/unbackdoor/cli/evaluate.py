@@ -47,6 +47,12 @@ def evaluate(
 
     if reactivate and infected is None:
         raise InvalidInputError("--reactivate needs the trigger; name its folder with --infected.")
+    show.check_folder(report, model)
+    card = read_card(infected) if infected else {}
+    if infected and not card.get("attack"):
+        raise InvalidInputError(
+            f"{infected} holds a clean model, which has no trigger; name an infected one."
+        )
     loaded = inputs.open_model(
         inputs.ModelOptions(model, arch, num_classes, width, mean, std, normalize, device)
     )
@@ -57,7 +63,6 @@ def evaluate(
     inputs.check_channels(loaded, test)
     if count:
         test = draw_balanced(test, count, rng.generator(seed))
-    card = read_card(infected) if infected else {}
     with console.progress_bar(hidden=as_json) as progress:
         document = evaluate_document(
             loaded.model,

@@ -60,6 +60,7 @@ def scan(
     """
     from unbackdoor.cli import console, graphwork, show
 
+    show.check_folder(report, Path(graph))
     with console.progress_bar(hidden=as_json) as progress:
         document = graphwork.scan(graph, settings or [], seed=seed, progress=progress)
     show.finish(document, as_json=as_json, report=report)
@@ -84,6 +85,7 @@ def purify(
     from unbackdoor.cli import console, graphwork, show
 
     show.check_output(out, Path(graph), force=force)
+    show.check_folder(report, Path(graph), out)
     with console.progress_bar(hidden=as_json) as progress:
         document = graphwork.purify(
             graph, out, method, settings or [], hold_out=hold_out, seed=seed, progress=progress
@@ -102,4 +104,5 @@ def evaluate(
     """Measure clean accuracy, attack success and robust accuracy on nodes that were unseen in training."""
     from unbackdoor.cli import graphwork, show
 
+    show.check_folder(report, network)
     show.finish(graphwork.evaluate(network, infected, label), as_json=as_json, report=report)

@@ -11,8 +11,9 @@ ModelPath = Annotated[Path, typer.Argument(help="Model file: .safetensors, or a 
 Arch = Annotated[
     str,
     typer.Option(
-        help="Architecture: resnet18, resnet34, resnet50, preactresnet18, vgg16_bn ..., or your own factory "
-        "as package.module:function or path/to/file.py:function (which runs your code)."
+        help="Architecture: resnet10, resnet18, resnet34, resnet50, preactresnet18, preactresnet34, vgg11, "
+        "vgg11_bn, vgg16, vgg16_bn, densenet40, vit_small, or your own factory as package.module:function or "
+        "path/to/file.py:function (which runs your code)."
     ),
 ]
 NumClasses = Annotated[
@@ -27,7 +28,13 @@ Clean = Annotated[
 ]
 Split = Annotated[str, typer.Option(help="Split to use, where the images come in splits.")]
 CleanCount = Annotated[int, typer.Option(min=2, help="Clean images to use, drawn balanced over classes.")]
-ImageSize = Annotated[int | None, typer.Option(help="Resize images to this many pixels a side.")]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Resize images to this many pixels a side, not keeping the aspect ratio and without cropping; "
+        "needed where sizes differ."
+    ),
+]
 ClassNames = Annotated[
     str | None,
     typer.Option(help="Class names in the order of the model's outputs, separated by commas."),
@@ -45,5 +52,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 ReportPath = Annotated[Path | None, typer.Option(help="Also write a self-contained HTML report.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Set an option of the method, such as suppression.budget=100; repeatable."),
+    typer.Option(
+        "--set",
+        help="Set an option of the method, NAME=VALUE; `unbackdoor methods NAME` lists them; repeatable.",
+    ),
 ]

@@ -16,4 +16,5 @@ def report(
     from unbackdoor.cli import show
     from unbackdoor.report.documents import read_document
 
+    show.check_folder(out, *documents)
     show.write_page([read_document(path) for path in documents], out, title=title)

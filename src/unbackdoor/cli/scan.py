@@ -49,7 +49,7 @@ def scan(
     from unbackdoor.settings import configure
 
     for path in (report, sarif):
-        show.check_folder(path)
+        show.check_folder(path, model, Path(calibration) if calibration else None)
     method = configure(
         Scan(
             alpha=alpha,

@@ -47,20 +47,28 @@ def check_output(out: Path, model: Path, *, force: bool) -> None:
         raise InvalidInputError(f"{out} exists already; choose another name or add --force.")
 
 
-def check_folder(out: Path | None) -> None:
-    """Fail before the work if a page could not be written.
+def check_folder(out: Path | None, *inputs: Path | None) -> None:
+    """Fail before the work if a page could not be written, or would destroy what the work needs.
 
     Raises:
-        InvalidInputError: If ``out`` is a folder, or its folder does not exist.
+        InvalidInputError: If ``out`` is a folder or one of ``inputs``, or its folder does not exist.
     """
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+    if out is None:
+        return
+    if out.is_dir() or not out.parent.is_dir():
         raise InvalidInputError(f"cannot write {out}: its folder does not exist, or it is a folder itself.")
+    if out.exists() and any(each is not None and out.resolve() == each.resolve() for each in inputs):
+        raise InvalidInputError(f"{out} is an input of this command; give another file to write to.")
 
 
 def finish(document: doc.Document, *, as_json: bool, report: Path | None) -> None:
-    """Print a result, and write its page if asked for."""
+    """Print a result, and write its page if asked for: the page may fail, the result is not lost then."""
+    _tell(document, as_json=as_json)
     if report is not None:
         write_page([document], report, title="Backdoor report", quiet=as_json)
+
+
+def _tell(document: doc.Document, *, as_json: bool) -> None:
     if as_json:
         console.print_json(document.model_dump_json(indent=1))
         return
@@ -83,10 +91,7 @@ def write_page(documents: Sequence[doc.Document], out: Path, *, title: str, quie
     from unbackdoor.report.page import render
 
     page = render(documents, title=title)
-    try:
-        out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise InvalidInputError(f"cannot write {out}: {error.strerror}; check the folder.") from error
+    doc.write_text(page, out)
     if not quiet:
         console.note(f"wrote {out} ({len(page) // 1024} KiB)")
 
@@ -201,7 +206,10 @@ def method(entry: Entry, description: str, options: Sequence[Option]) -> None:
     out = console.results
     out.print(f"{entry.name} ({entry.kind}): {entry.title}", style="bold", markup=False)
     out.print(f"source: {entry.source}\nneeds: {entry.needs}\n\n{description}\n", markup=False)
-    table = Table("option", "default", "type", "meaning", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("option", no_wrap=True, overflow="fold")
+    for title in ("default", "type", "meaning"):
+        table.add_column(title)
     for option in options:
         table.add_row(option.path, option.default, escape(option.kind), escape(option.text))
     out.print(table)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from unbackdoor.cli import options as o
+
+if TYPE_CHECKING:
+    from unbackdoor.bench.zoo import Entry
 
 zoo = typer.Typer(
     no_args_is_help=True,
@@ -57,7 +62,7 @@ def show(
     """Show what the card of a model claims, and how to train it again."""
     import json
 
-    from unbackdoor.bench.zoo import entry_named
+    from unbackdoor.bench.zoo import entry_named, twin_folder
     from unbackdoor.cli import console
     from unbackdoor.cli import show as shown
 
@@ -73,7 +78,7 @@ def show(
     out.print(f"files: {', '.join(sorted(path.name for path in entry.folder.iterdir()))}", markup=False)
     out.print(f"sha256 of the model: {entry.card.get('sha256')}", markup=False)
     out.print(f"seed {entry.card.get('seed')}; train it again with", markup=False)
-    out.print(f"  {entry.card.get('command')}", markup=False, soft_wrap=True)
+    out.print(f"  {_again(entry, twin_folder(entry, root))}", markup=False, soft_wrap=True)
 
 
 @zoo.command()
@@ -101,3 +106,15 @@ def verify(
     if broken:
         console.warn(f"{broken} models are not what their cards claim.")
         raise typer.Exit(1)
+
+
+def _again(entry: Entry, twin: Path | None) -> str:
+    """Return the card's command, with a data set and a folder that the reader has to name."""
+    words = shlex.split(str(entry.card.get("command", "")))
+    values = {"--data": "DATA", "--out": f"runs/{entry.name}"} | ({"--twin": str(twin)} if twin else {})
+    for option, value in values.items():
+        if option in words[:-1]:
+            words[words.index(option) + 1] = value
+        elif option == "--twin":
+            words += [option, value]
+    return shlex.join(words)

@@ -149,7 +149,8 @@ def _pixels(encoded: bytes, name: str, size: int | None) -> npt.NDArray[np.uint8
     except InvalidInputError:
         raise
     except Exception as error:  # Pillow raises many unrelated types on damaged files
-        raise InvalidInputError(f"{name} cannot be decoded as an image ({error}); remove it.") from error
+        problem = "unknown or damaged format" if isinstance(error, pil.UnidentifiedImageError) else error
+        raise InvalidInputError(f"{name} cannot be decoded as an image ({problem}); remove it.") from error
     return pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 

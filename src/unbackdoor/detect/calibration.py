@@ -290,7 +290,11 @@ def read_calibration(path: Path) -> CalibrationSet:
             )
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"{path} cannot be read as a calibration file ({error}).") from error
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise InvalidInputError(
+            f"{path} cannot be read as a calibration file ({problem}); give one made with "
+            "`unbackdoor calibrate`."
+        ) from error
     return parse_calibration(text, source=str(path))
 
 

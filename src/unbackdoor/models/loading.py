@@ -353,7 +353,9 @@ def _with_normalisation(
 ) -> tuple[nn.Module, Literal["checkpoint", "option", "none"]]:
     own = view.mean is not None or {MEAN, STD} <= view.tensors.keys()
     if own and mean is not None:
-        raise InvalidInputError(f"{path} carries its own normalisation; leave mean and std out.")
+        raise InvalidInputError(
+            f"{path} carries its own normalisation; leave --normalize, --mean and --std out."
+        )
     if view.mean is not None and view.std is not None:
         values = [tensor.double().flatten().tolist() for tensor in (view.mean, view.std)]
         _check_channels(values[0], network, f"the normalisation in {path}")

@@ -64,6 +64,11 @@ def test_own_models_are_scored_once_and_used_by_a_scan(
     other = calibrate(run, files, honest, "--out", out)
     assert other.code == 2
     assert "made with other options, models or images; choose another --out, or add --force" in other.err
+    # Beginning anew must not cost the old file before there is something to replace it.
+    failed = run("calibrate", honest, "--arch", ARCH, "--clean", tmp_path / "no", "--out", out, "--force")
+    assert (failed.code, len(read_calibration(out).models)) == (2, 2)
+    anew = calibrate(run, files, honest / "model1", "--out", out, "--force")
+    assert (anew.code, len(read_calibration(out).models)) == (0, 1)
 
 
 def test_models_that_do_not_fit_the_images_are_left_out(

@@ -211,6 +211,8 @@ def test_methods_lists_everything_and_shows_one(run: Run) -> None:
     shown = run("methods", "i_bau")
     assert "arXiv 2110.03735" in shown.out
     assert "inner_rate" in shown.out
+    described = json.loads(run("methods", "iab", "--json").out)[0]["options"]
+    assert {option["path"] for option in described} <= set(run("methods", "iab").out.split())
     assert [row["kind"] for row in json.loads(run("methods", "mnp", "--json").out)] == [
         "purifier",
         "model detector",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,24 @@ def test_outputs_that_would_destroy_something(run: Run, files: Files, tmp_path: 
     assert (tmp_path / "there.safetensors").read_text() == "mine"
 
 
+def test_pages_never_replace_what_was_read(run: Run, files: Files, tmp_path: Path) -> None:
+    model = tmp_path / "mine.safetensors"
+    shutil.copy(files.twin, model)
+    before = model.read_bytes()
+    common = (model, "--arch", ARCH)
+    clean, out = ("--clean", files.clean), ("--out", tmp_path / "new.safetensors")
+    for option in ("--report", "--sarif"):
+        refused(run, "scan", *common, *clean, option, model, says="is an input of this command")
+    refused(run, "purify", *common, *clean, *out, "--report", model, says="is an input of this command")
+    refused(run, "purify", *common, *clean, *out, "--report", tmp_path / "no" / "x", says="does not exist")
+    refused(run, "evaluate", *common, "--data", files.clean, "--report", model, says="is an input")
+    document = tmp_path / "d.json"
+    document.write_text("{}")
+    refused(run, "report", document, "--out", document, says="is an input of this command")
+    refused(run, "calibrate", *common, *clean, "--out", model, "--force", says="is an input of this command")
+    assert (model.read_bytes(), document.read_text()) == (before, "{}")
+
+
 def test_purify_declines_where_model_and_images_do_not_fit(run: Run, files: Files, tmp_path: Path) -> None:
     out = tmp_path / "n.safetensors"
     refused(
@@ -200,6 +219,8 @@ def test_evaluate_needs_a_folder_of_an_attack(run: Run, files: Files, tmp_path: 
     (tmp_path / "card.json").write_text("[]")
     refused(run, *common, tmp_path, says="holds no JSON object")
     (tmp_path / "card.json").write_text(json.dumps({"attack": None}))
+    refused(run, *common, tmp_path, says="holds a clean model, which has no trigger")
+    (tmp_path / "card.json").write_text(json.dumps({"attack": "badnets"}))
     refused(run, *common, tmp_path, says="there is no file")
     save_trigger(PatchTrigger(white_square(2), 0, 0), tmp_path / "trigger.safetensors")
     refused(run, *common, tmp_path, says="the card names no label rule")

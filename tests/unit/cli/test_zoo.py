@@ -46,7 +46,8 @@ def test_list_show_and_verify_agree_with_the_cards(run: Run, root: Path) -> None
     assert shown.code == 0, shown.err
     said = " ".join(shown.out.split())
     assert "attack success on the clean twin" in said
-    assert "unbackdoor attack blend --data digits" in said
+    assert "unbackdoor attack blend --data DATA --out runs/blend" in said
+    assert f"--twin {root / 'clean'}" in said
     assert "triggers.png" in said
     assert run("zoo", "show", "clean", "--zoo", root, "--json").json["attack"] is None
 
@@ -71,9 +72,9 @@ def test_verify_finds_a_lie_and_a_swapped_file(run: Run, root: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("list",), "holds no models"),
-        (("show", "x"), "holds no models"),
-        (("verify", "--data", "digits"), "no models"),
+        (("list",), "does not exist"),
+        (("show", "x"), "does not exist"),
+        (("verify", "--data", "digits"), "does not exist"),
     ],
 )
 def test_a_missing_zoo_is_said_in_a_line(
