@@ -232,6 +232,11 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
+def judged_record(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a card keeps of an attack's record and its validity or a defence depends on."""
+    return {key: card[key] for key in ("targeted", "edits_weights") if key in card}
+
+
 def label_rule_of(card: Mapping[str, Any]) -> LabelRule:
     """Return the label rule in a card.
 

@@ -35,6 +35,7 @@ class _Stealth(BaseModel):
 class _Validity(BaseModel):
     valid: bool = True
     problems: list[str] = []
+    unchecked: list[str] = []
     clean_twin_accuracy: _Rate | None = None
     natural_floor: _Rate | None = None
     decoy_accuracy: dict[str, _Rate] = {}
@@ -44,6 +45,10 @@ class _Validity(BaseModel):
 class _Difference(BaseModel):
     here: Any
     paper: Any
+
+
+class _Targeted(BaseModel):
+    success_rate: Fraction
 
 
 class _Job(BaseModel):
@@ -58,6 +63,7 @@ class _Card(BaseModel):
     job: _Job = _Job()
     label_rule: dict[str, Any] = {}
     differs_from_paper: dict[str, _Difference] = {}
+    targeted: _Targeted | None = None
     poisoned: int = 0
     twin: str = ""
     command: str = ""

@@ -30,12 +30,15 @@ class Requirements:
         accuracy_loss: Largest loss of clean accuracy against the clean twin.
         decoy_share: Least accuracy on decoys as a share of the clean accuracy; below it any trigger of the
             kind sets the backdoor off, not the attacker's.
+        targeted_success: Least share of the chosen images that an attack without a trigger misleads; far
+            below ``attack_success``, as published ones do not come near that.
     """
 
     attack_success: float = 0.9
     all_to_all_share: float = 0.85
     accuracy_loss: float = 0.03
     decoy_share: float = 0.8
+    targeted_success: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,19 @@ class Validity:
         """Whether no requirement is broken."""
         return not self.problems
 
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """What was not measured, and might have been a problem."""
+        if self.twin_accuracy is not None:
+            return ()
+        return ("the loss of clean accuracy against a clean twin", "the attack success on a clean twin")
+
     def describe(self) -> dict[str, Any]:
         """Return JSON values."""
         return {
             "valid": self.is_valid,
             "problems": list(self.problems),
+            "unchecked": list(self.unchecked),
             "clean_twin_accuracy": self.twin_accuracy.describe() if self.twin_accuracy else None,
             "natural_floor": self.floor.describe() if self.floor else None,
             "decoy_accuracy": {name: rate.describe() for name, rate in self.decoys.items()},
@@ -90,7 +101,7 @@ def check_infected(
         test: Images that nobody trained on.
         attack: The attack; its options are named in the advice.
         twin: A clean model of the same architecture and recipe; without one neither the natural floor
-            nor the loss of accuracy is known.
+            nor the loss of accuracy is known, and ``Validity.unchecked`` says so.
         requirements: Bounds; the defaults are those of the benchmark.
     """
     metrics = evaluate(infected.model, test, infected.trigger, infected.label_rule)
@@ -102,7 +113,7 @@ def check_infected(
         twin_accuracy,
         num_classes=test.num_classes,
         all_to_all=isinstance(infected.label_rule, AllToAll),
-        targeted="targeted" in infected.record,
+        targeted=infected.record["targeted"]["success_rate"] if "targeted" in infected.record else None,
         attack=attack,
         bounds=requirements or Requirements(),
     )
@@ -123,7 +134,7 @@ def _problems(
     *,
     num_classes: int,
     all_to_all: bool,
-    targeted: bool,
+    targeted: float | None,
     attack: Attack,
     bounds: Requirements,
 ) -> list[str]:
@@ -136,10 +147,15 @@ def _problems(
             f"the clean accuracy is {accuracy:.1%}, no better than guessing among {num_classes} classes, so "
             "the attack success means nothing; train for more epochs or on more images."
         )
-    # An attack on chosen images has a success rate over them in its record, and none over all images.
+    # An attack on chosen images is judged by its success on them, which its record has, and not on all.
     # NaN, from a test set without a countable image, fails the comparison and is a problem too.
-    if not targeted and not success >= least:
+    if targeted is None and not success >= least:
         problems.append(f"the attack success rate is {success:.1%}, below {least:.1%}; {_advice(attack)}.")
+    if targeted is not None and not targeted >= bounds.targeted_success:
+        problems.append(
+            f"the success rate on the chosen images is {targeted:.1%}, below {bounds.targeted_success:.1%}; "
+            f"{_advice(attack)}."
+        )
     if twin_accuracy is not None and not twin_accuracy.value - accuracy <= bounds.accuracy_loss:
         problems.append(
             f"the clean accuracy is {accuracy:.1%}, more than {bounds.accuracy_loss:.1%} below the clean "

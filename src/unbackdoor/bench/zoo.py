@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 from unbackdoor.attacks.registry import ATTACKS
-from unbackdoor.bench.artefact import label_rule_of, load_decoys, load_plan, read_card, sha256_of
+from unbackdoor.bench.artefact import (
+    judged_record,
+    label_rule_of,
+    load_decoys,
+    load_plan,
+    read_card,
+    sha256_of,
+)
 from unbackdoor.bench.validity import check_infected
 from unbackdoor.errors import InvalidInputError, UnbackdoorError
 from unbackdoor.evaluate import clean_accuracy
@@ -113,7 +120,7 @@ def load_infected(entry: Entry) -> Infected:
         load_trigger(entry.folder / "trigger.safetensors"),
         load_plan(entry.folder),
         label_rule_of(entry.card),
-        {key: entry.card[key] for key in ("targeted", "edits_weights") if key in entry.card},
+        judged_record(entry.card),
         decoys=load_decoys(entry.folder),
     )
 

@@ -161,6 +161,17 @@ def claims(values: Mapping[str, Any]) -> None:
         )
 
 
+def doubts(values: Mapping[str, Any]) -> list[str]:
+    """Warn of what makes the infected model of a card invalid, or was not checked; return the former."""
+    validity = values.get("validity", {})
+    problems: list[str] = validity.get("problems", [])
+    for problem in problems:
+        console.warn(f"not a valid infected model: {problem}")
+    if validity.get("unchecked"):
+        console.warn(f"not checked: {', '.join(validity['unchecked'])}; give a clean model with --twin.")
+    return problems
+
+
 def stealth(values: Mapping[str, Any]) -> str:
     """Return how visible a trigger is, in a line."""
     psnr = values["psnr_db"]

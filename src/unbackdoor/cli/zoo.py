@@ -68,8 +68,7 @@ def show(
     out = console.results
     out.print(f"{entry.name}: {entry.card.get('attack') or 'a clean model'}", style="bold", markup=False)
     shown.claims(entry.card)
-    for problem in entry.card.get("validity", {}).get("problems", []):
-        console.warn(f"not a valid infected model: {problem}")
+    shown.doubts(entry.card)
     out.print(f"files: {', '.join(sorted(path.name for path in entry.folder.iterdir()))}", markup=False)
     out.print(f"sha256 of the model: {entry.card.get('sha256')}", markup=False)
     out.print(f"seed {entry.card.get('seed')}; train it again with", markup=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unbackdoor import rng
-from unbackdoor.attacks import CL, AdapBlend, BadNets, Blend
+from unbackdoor.attacks import CL, FC, AdapBlend, BadNets, Blend
 from unbackdoor.bench.artefact import differences, paper_options
 from unbackdoor.bench.validity import Requirements, check_infected
 from unbackdoor.testing import planted_backdoor
@@ -42,6 +42,11 @@ def test_without_a_twin_floor_and_loss_are_unknown() -> None:
     validity = check_infected(INFECTED, TEST, attack=BadNets())
     assert validity.floor is None
     assert validity.describe()["clean_twin_accuracy"] is None
+    assert validity.describe()["unchecked"] == [
+        "the loss of clean accuracy against a clean twin",
+        "the attack success on a clean twin",
+    ]
+    assert check_infected(INFECTED, TEST, attack=BadNets(), twin=PLANTED.model).unchecked == ()
 
 
 def test_an_attack_that_did_not_take_is_told_what_to_raise() -> None:
@@ -57,6 +62,16 @@ def test_an_attack_that_did_not_take_is_told_what_to_raise() -> None:
 def test_an_attack_on_chosen_images_is_not_judged_by_all_images() -> None:
     infected = replace(INFECTED, trigger=_nothing, record={"targeted": {"success_rate": 1.0}})
     assert check_infected(infected, TEST, attack=BadNets()).is_valid
+
+
+@pytest.mark.parametrize("rate", [0.45, 0.0])
+def test_an_attack_on_chosen_images_that_misses_most_of_them_is_not_valid(rate: float) -> None:
+    infected = replace(INFECTED, record={"targeted": {"success_rate": rate}})
+    validity = check_infected(infected, TEST, attack=FC(variant="targeted"))
+    assert not validity.is_valid
+    assert f"on the chosen images is {rate:.1%}, below 50.0%; raise" in validity.problems[0]
+    easy = Requirements(targeted_success=0.0)
+    assert check_infected(infected, TEST, attack=FC(), requirements=easy).is_valid
 
 
 def test_all_to_all_is_held_against_the_clean_accuracy() -> None:

@@ -406,10 +406,17 @@ def test_state_dicts_from_torch_save_are_read(run: Run, files: Files, tmp_path: 
 def test_a_twin_given_later_is_measured_without_a_second_training(run: Run, tmp_path: Path) -> None:
     assert run("attack", "none", *ATTACK, "--out", tmp_path / "twin").code == 0
     out = tmp_path / "blend"
-    first = run("attack", "blend", *ATTACK, "--out", out, "--json").json
+    alone = run("attack", "blend", *ATTACK, "--out", out, "--json")
+    assert "not checked: the loss of clean accuracy against a clean twin" in " ".join(alone.err.split())
+    first = alone.json
     assert first["validity"]["natural_floor"] is None
+    assert "--twin" not in first["command"]
     weights = (out / "model.safetensors").read_bytes()
-    again = run("attack", "blend", *ATTACK, "--out", out, "--json", "--twin", tmp_path / "twin").json
+    both = run("attack", "blend", *ATTACK, "--out", out, "--json", "--twin", tmp_path / "twin")
+    assert "not checked" not in both.err
+    again = both.json
+    assert again["validity"]["unchecked"] == []
+    assert f"--twin {tmp_path / 'twin'}" in again["command"]
     assert again["validity"]["natural_floor"]["n"] == again["metrics"]["attack_success"]["n"]
     assert again["metrics"] == first["metrics"]
     assert json.loads((out / "card.json").read_text()) == again
