@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from unbackdoor.attacks.registry import ATTACKS
+from unbackdoor.bench.artefact import CARD_VERSION
 from unbackdoor.bench.zoo import Entry, broken_files, entries, load_infected, load_network
 from unbackdoor.models.checkpoint import read_tensors
 from unbackdoor.rng import generator
@@ -44,6 +45,7 @@ def test_files_are_those_of_the_card(entry: Entry) -> None:
     assert entry.card["sha256"] == entry.card["files"]["model.safetensors"]
     stored = read_tensors(entry.folder / "model.safetensors")
     assert {t.dtype for t in stored.values() if t.is_floating_point()} == {torch.float16}
+    assert entry.card["card_version"] == CARD_VERSION
     assert f"--out zoo/{entry.name} " in entry.card["command"]
     data = entry.card["command"].split("--data ")[1].split()[0]
     assert not Path(data).is_absolute()
@@ -71,6 +73,9 @@ def test_infected_models_are_valid_and_clean_ones_good(entry: Entry) -> None:
         assert accuracy is not None
         assert accuracy >= (0.86 if entry.name == "clean" else 0.75)
         return
+    assert not any(name.startswith("recipe.") for name in entry.card["differs_from_paper"])
+    assert entry.card["differs_from_mnp_recipe"]["epochs"]["paper"] == 200
+    assert entry.card["command"].count("--twin zoo/clean") == 1
     validity = entry.card["validity"]
     assert validity["valid"] is True, validity["problems"]
     assert validity["natural_floor"]["n"] == entry.card["metrics"]["attack_success"]["n"]

@@ -63,6 +63,7 @@ class _Card(BaseModel):
     job: _Job = _Job()
     label_rule: dict[str, Any] = {}
     differs_from_paper: dict[str, _Difference] = {}
+    differs_from_mnp_recipe: dict[str, _Difference] = {}
     targeted: _Targeted | None = None
     poisoned: int = 0
     twin: str = ""

@@ -152,13 +152,17 @@ def claims(values: Mapping[str, Any]) -> None:
     console.results.print(_rates(metrics))
     if "stealth" in validity:
         console.results.print(stealth(validity["stealth"]), markup=False)
-    differs = values.get("differs_from_paper")
-    if differs:
-        console.results.print(
-            "scaled down or changed against the paper: "
-            + ", ".join(f"{k} {v['here']} (paper {v['paper']})" for k, v in differs.items()),
-            markup=False,
-        )
+    for against, key in (
+        ("the attack's paper", "differs_from_paper"),
+        ("the training recipe of the MNP paper", "differs_from_mnp_recipe"),
+    ):
+        differs = values.get(key)
+        if differs:
+            console.results.print(
+                f"scaled down or changed against {against}: "
+                + ", ".join(f"{k} {v['here']} (paper {v['paper']})" for k, v in differs.items()),
+                markup=False,
+            )
 
 
 def doubts(values: Mapping[str, Any]) -> list[str]:

@@ -370,7 +370,9 @@ def test_an_attack_that_did_not_take_is_said_loudly_and_kept(run: Run, tmp_path:
     assert "raise alpha (now 0.1) or poison_fraction (now 0.05) or the epochs (now 1)" in said
     assert "attack success on the clean twin" in failed.out
     assert "visibility of the trigger: PSNR" in failed.out
-    assert "alpha 0.1 (paper 0.2)" in " ".join(failed.out.split())
+    printed = " ".join(failed.out.split())
+    assert "against the attack's paper: poison_fraction 0.05 (paper 0.1), alpha 0.1 (paper 0.2)" in printed
+    assert "against the training recipe of the MNP paper: epochs 1 (paper 200)" in printed
     card = json.loads((out / "card.json").read_text())
     assert card["validity"]["valid"] is False
     assert card["validity"]["natural_floor"]["n"] == card["metrics"]["attack_success"]["n"]
