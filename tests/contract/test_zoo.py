@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -78,4 +79,12 @@ def test_infected_models_are_valid_and_clean_ones_good(entry: Entry) -> None:
     assert entry.card["command"].count("--twin zoo/clean") == 1
     validity = entry.card["validity"]
     assert validity["valid"] is True, validity["problems"]
+    assert bool(validity.get("attack_success_float")) is (entry.card["attack"] == "lira")
     assert validity["natural_floor"]["n"] == entry.card["metrics"]["attack_success"]["n"]
+
+
+def test_the_table_names_the_success_of_learned_noise_without_rounding() -> None:
+    table = runpy.run_path(str(ROOT.parent / "benchmarks" / "attack_table.py"))["table"]
+    lira = [entry for entry in ENTRIES if entry.name == "lira"]
+    assert table(lira, {}).endswith("\n\nASR on triggered images that are not rounded to 8 bits: lira 99.97.")
+    assert "rounded" not in table([entry for entry in ENTRIES if entry.name == "wanet"], {})

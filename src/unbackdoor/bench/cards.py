@@ -38,6 +38,7 @@ class _Validity(BaseModel):
     unchecked: list[str] = []
     clean_twin_accuracy: _Rate | None = None
     natural_floor: _Rate | None = None
+    attack_success_float: _Rate | None = None
     decoy_accuracy: dict[str, _Rate] = {}
     stealth: _Stealth = Field(default=_Stealth(psnr_db=None, ssim=1.0, max_change=0.0))
 

@@ -11,6 +11,7 @@ from torch import nn
 from unbackdoor.evaluate import BackdoorMetrics, clean_accuracy, decoy_accuracy, evaluate, natural_floor
 from unbackdoor.rates import Rate
 from unbackdoor.stealth import Stealth, measure_stealth
+from unbackdoor.triggers.learned_noise import LearnedNoiseTrigger
 from unbackdoor.types import AllToAll, Attack, Infected, LabelledImages
 
 STRENGTHS = (
@@ -50,6 +51,8 @@ class Validity:
         twin_accuracy: Clean accuracy of the clean twin, or None without one.
         floor: ASR on the clean twin, or None.
         decoys: Accuracy on each decoy.
+        float_success: For learned noise, ASR on images that are not rounded to 8 bits, which can erase it;
+            else None.
         stealth: How visible the trigger is.
         problems: Why the model is not valid, with what to do; empty for a valid one.
     """
@@ -59,6 +62,7 @@ class Validity:
     floor: Rate | None
     decoys: Mapping[str, Rate]
     stealth: Stealth
+    float_success: Rate | None = None
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -81,6 +85,7 @@ class Validity:
             "unchecked": list(self.unchecked),
             "clean_twin_accuracy": self.twin_accuracy.describe() if self.twin_accuracy else None,
             "natural_floor": self.floor.describe() if self.floor else None,
+            "attack_success_float": self.float_success.describe() if self.float_success else None,
             "decoy_accuracy": {name: rate.describe() for name, rate in self.decoys.items()},
             "stealth": self.stealth.describe(),
         }
@@ -107,10 +112,12 @@ def check_infected(
     metrics = evaluate(infected.model, test, infected.trigger, infected.label_rule)
     decoys = {name: decoy_accuracy(infected.model, test, decoy) for name, decoy in infected.decoys.items()}
     twin_accuracy = clean_accuracy(twin, test) if twin is not None else None
+    float_success = _float_success(infected, test)
     problems = _problems(
         metrics,
         decoys,
         twin_accuracy,
+        float_success=float_success,
         num_classes=test.num_classes,
         all_to_all=isinstance(infected.label_rule, AllToAll),
         targeted=infected.record["targeted"]["success_rate"] if "targeted" in infected.record else None,
@@ -123,8 +130,16 @@ def check_infected(
         floor=natural_floor(twin, test, infected.trigger, infected.label_rule) if twin is not None else None,
         decoys=decoys,
         stealth=measure_stealth(test, infected.trigger),
+        float_success=float_success,
         problems=tuple(problems),
     )
+
+
+def _float_success(infected: Infected, test: LabelledImages) -> Rate | None:
+    if not isinstance(infected.trigger, LearnedNoiseTrigger):
+        return None
+    unrounded = evaluate(infected.model, test, infected.trigger, infected.label_rule, eight_bit=False)
+    return unrounded.attack_success
 
 
 def _problems(
@@ -132,6 +147,7 @@ def _problems(
     decoys: Mapping[str, Rate],
     twin_accuracy: Rate | None,
     *,
+    float_success: Rate | None,
     num_classes: int,
     all_to_all: bool,
     targeted: float | None,
@@ -150,7 +166,10 @@ def _problems(
     # An attack on chosen images is judged by its success on them, which its record has, and not on all.
     # NaN, from a test set without a countable image, fails the comparison and is a problem too.
     if targeted is None and not success >= least:
-        problems.append(f"the attack success rate is {success:.1%}, below {least:.1%}; {_advice(attack)}.")
+        unrounded = f" ({float_success.value:.1%} without rounding to 8 bits)" if float_success else ""
+        problems.append(
+            f"the attack success rate is {success:.1%}{unrounded}, below {least:.1%}; {_advice(attack)}."
+        )
     if targeted is not None and not targeted >= bounds.targeted_success:
         problems.append(
             f"the success rate on the chosen images is {targeted:.1%}, below {bounds.targeted_success:.1%}; "

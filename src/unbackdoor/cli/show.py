@@ -145,6 +145,7 @@ def claims(values: Mapping[str, Any]) -> None:
     for name, rate in (
         ("clean twin's accuracy", validity.get("clean_twin_accuracy")),
         ("attack success on the clean twin", validity.get("natural_floor")),
+        ("ASR without rounding to 8 bits", validity.get("attack_success_float")),
         *((f"accuracy under {name}", rate) for name, rate in validity.get("decoy_accuracy", {}).items()),
     ):
         if rate:

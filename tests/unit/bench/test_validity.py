@@ -5,15 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unbackdoor import rng
-from unbackdoor.attacks import CL, FC, AdapBlend, BadNets, Blend
+from unbackdoor.attacks import CL, FC, LIRA, AdapBlend, BadNets, Blend
 from unbackdoor.bench.artefact import differences, paper_options
 from unbackdoor.bench.validity import Requirements, check_infected
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.train import Recipe
-from unbackdoor.types import AllToAll, Infected, PoisonPlan
+from unbackdoor.triggers.learned_noise import LearnedNoiseTrigger
+from unbackdoor.triggers.networks import TriggerNetwork
+from unbackdoor.types import AllToAll, AllToOne, Infected, LabelledImages, PoisonPlan
 
 PLANTED = planted_backdoor(target_class=2)
 TEST = PLANTED.clean_data(80, rng.generator(0))
@@ -57,6 +59,42 @@ def test_an_attack_that_did_not_take_is_told_what_to_raise() -> None:
         f"the attack success rate is {validity.metrics.attack_success.value:.1%}, below 90.0%; raise alpha "
         "(now 0.15) or poison_fraction (now 0.07) or the epochs (now 3).",
     )
+
+
+def test_learned_noise_is_also_measured_without_rounding_that_erases_it() -> None:
+    model, trigger = Faint(), LearnedNoiseTrigger(_constant_noise(), 0.3 / 255)
+    data = LabelledImages(torch.full((4, 1, 8, 8), 100, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+    validity = check_infected(
+        Infected(model, trigger, NONE, AllToOne(1)), data, attack=LIRA(eps=0.001, recipe=Recipe(epochs=3))
+    )
+    assert validity.metrics.attack_success.value == 0.0
+    assert validity.float_success is not None
+    assert validity.float_success.value == 1.0
+    assert validity.describe()["attack_success_float"]["n"] == 2
+    problem = next(problem for problem in validity.problems if "success rate" in problem)
+    assert "is 0.0% (100.0% without rounding to 8 bits), below 90.0%; raise eps (now 0.001)" in problem
+    assert check_infected(INFECTED, TEST, attack=BadNets()).float_success is None
+
+
+def _constant_noise() -> TriggerNetwork:
+    """Return a noise network whose output is large and positive, so that tanh makes it 1."""
+    network = TriggerNetwork(1, 1, 1, 1)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.fill_(50.0 if "bias" in name else 0.0)
+    return network.eval()
+
+
+class Faint(nn.Module):
+    """Answers class 1 exactly if pixels lie off the 8-bit levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        off = (images * 255 - (images * 255).round()).abs().mean((1, 2, 3)) - 0.1
+        return self.scale * torch.stack([-off, off], 1)
 
 
 def test_an_attack_on_chosen_images_is_not_judged_by_all_images() -> None:
