@@ -50,11 +50,19 @@ def main() -> None:
 
 
 def table(zoo: list[Entry], paper: Mapping[str, tuple[float, float]]) -> str:
-    """Return the table; attacks of the paper first, clean models last."""
+    """Return the table, attacks of the paper first, clean models last, and what it has no column for."""
     order = {name: place for place, name in enumerate(paper)}
     zoo = sorted(zoo, key=lambda e: (e.is_clean, order.get(e.card["attack"] or "", len(order)), e.name))
     rows = [COLUMNS, ("---",) * len(COLUMNS), *(_row(entry, paper) for entry in zoo)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    unrounded = [
+        f"{entry.name} {_percent(entry.rate('attack_success_float'))}"
+        for entry in zoo
+        if entry.rate("attack_success_float") is not None
+    ]
+    if unrounded:
+        lines += ["", f"ASR on triggered images that are not rounded to 8 bits: {', '.join(unrounded)}."]
+    return "\n".join(lines)
 
 
 def _row(entry: Entry, paper: Mapping[str, tuple[float, float]]) -> tuple[str, ...]:

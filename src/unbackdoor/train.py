@@ -37,6 +37,8 @@ from unbackdoor.types import LabelledImages, Progress, as_float, silent
 class Recipe:
     """How a network is trained. The defaults are those of the MNP paper, section 5.1.
 
+    The paper does not state its augmentation: crops of 4 pixels and flips are the usual for CIFAR-10.
+
     Args:
         epochs: Passes over the data.
         batch_size: Images a step, at least 2: batch norm cannot train on one.

@@ -63,7 +63,10 @@ class BPP:
 
     @staticmethod
     def paper() -> BPP:
-        """Return the settings of the authors' code, with the dithering that the paper describes."""
+        """Return the shares and levels of the authors' code, with the dithering that the paper describes.
+
+        The recipe is that of the MNP paper.
+        """
         return BPP(poison_fraction=0.2, negative_fraction=0.2, levels=8, dither=True)
 
     def run(

@@ -91,12 +91,14 @@ class CL:
 
     @staticmethod
     def paper() -> CL:
-        """Return the common settings of public code: a robust surrogate, the whole class, 100 steps of 1.5.
+        """Return the settings of BackdoorBench's crafting script: a robust surrogate, the whole class.
 
-        Turner et al.'s own sets are precomputed and not published with their settings; BackdoorBench and
-        BackdoorBox craft like this.
+        Turner et al.'s own sets are precomputed and not published with their settings. BackdoorBench takes
+        100 steps of 1.5 within 8 grey levels, although its file's name says 16; BackdoorBox takes the same on
+        an ordinary surrogate. The five steps against which the surrogate is trained are our choice, and the
+        recipe is that of the MNP paper.
         """
-        return CL(class_fraction=1.0, steps=100, step=1.5, surrogate_steps=5)
+        return CL(class_fraction=1.0, eps=8.0, step=1.5, steps=100, surrogate_steps=5)
 
     def trigger_for(self, height: int, width: int) -> AdditiveTrigger:
         """Return the trigger for images of this size.

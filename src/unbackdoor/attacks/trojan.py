@@ -146,7 +146,7 @@ class Trojan:
         side = self.patch_size or max(2, round((7 if self.variant == "neuron" else 3) * height / 32))
         pattern = torch.rand(channels, side, side, generator=rng.spawn(generator))
         # Made before any training: a patch that does not fit fails here.
-        trigger = self.trigger_for(pattern.round(), height, width)
+        trigger = self.trigger_for(full_contrast(pattern), height, width)
         build, recipe = model_fn, self.recipe
         record: dict[str, Any] = {}
         if self.variant == "neuron" or self.optimise:
@@ -198,6 +198,15 @@ class Trojan:
         trigger = self.trigger_for(best.cpu(), height, width)
         after = float(features(trigger(images))[:, units].mean())
         return trigger, {"units": units, "activation_before": before, "activation_after": after}
+
+
+def full_contrast(pattern: Tensor) -> Tensor:
+    """Return ``pattern``, in [0, 1], with each value at 0 or 1.
+
+    A patch of zeros would add nothing to an image: where all values are low, the highest becomes 1.
+    """
+    drawn = pattern.round()
+    return drawn if drawn.any() else (pattern == pattern.max()).float()
 
 
 def heaviest_units(head: nn.Linear, count: int) -> list[int]:

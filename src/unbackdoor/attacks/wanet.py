@@ -78,7 +78,7 @@ class WaNet:
 
     @staticmethod
     def paper() -> WaNet:
-        """Return the settings of the authors' code for CIFAR-10."""
+        """Return the authors' settings for CIFAR-10; the recipe is that of the MNP paper, not theirs."""
         return WaNet(strength=0.5)
 
     @staticmethod

@@ -27,10 +27,11 @@ from unbackdoor.evaluate import clean_accuracy
 from unbackdoor.extras import require
 from unbackdoor.models.checkpoint import read_tensors, write_tensors
 from unbackdoor.stealth import contact_sheet
+from unbackdoor.train import Recipe
 from unbackdoor.triggers.files import load_trigger, save_trigger
 from unbackdoor.types import Attack, Infected, LabelledImages, LabelRule, PoisonPlan, Trigger, label_rule_from
 
-CARD_VERSION = 2
+CARD_VERSION = 3
 SHEET_COLUMNS = 8
 """Images in ``triggers.png``."""
 
@@ -53,7 +54,7 @@ def save_infected(
         infected: What the attack returned.
         test: Images on which the model is measured.
         attack: The attack, a dataclass; its options go into the card, and where they differ from those of
-            its paper (``type(attack).paper()``) the card says so.
+            its paper (``type(attack).paper()``), or the recipe from the MNP paper's, the card says so.
         seed: The seed of the generator that the attack was given.
         twin: A clean model of the same architecture and recipe, for the natural floor.
         half: Store weights in float16; what is measured are the rounded weights.
@@ -81,6 +82,7 @@ def save_infected(
             "attack": attack.name,
             "options": options,
             "differs_from_paper": differences(options, paper_options(attack)),
+            "differs_from_mnp_recipe": differences(options.get("recipe", {}), asdict(Recipe())),
             "label_rule": infected.label_rule.describe(),
             "metrics": validity.metrics.describe(),
             "validity": validity.describe(),
@@ -117,13 +119,16 @@ def paper_options(attack: Attack) -> dict[str, Any] | None:
 def differences(options: Mapping[str, Any], paper: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the options that differ from the paper's, as ``{name: {"here": ..., "paper": ...}}``.
 
-    Nested options get dotted names. The target class is the experimenter's choice and left out.
+    Nested options get dotted names. The target class is the experimenter's choice and left out, as is the
+    recipe: no attack's paper is asked for that, and it is compared with the MNP paper's on its own.
     """
     here, there = _flat(options), _flat(paper or options)
     return {
         name: {"here": value, "paper": there.get(name)}
         for name, value in here.items()
-        if value != there.get(name) and name not in ("target_class", "recipe.precision")
+        if value != there.get(name)
+        and name not in ("target_class", "precision")
+        and not name.startswith("recipe.")
     }
 
 
@@ -234,6 +239,11 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise InvalidInputError(f"{path} holds no JSON object; it is not a model card.")
     check_card(card, path)
     return card
+
+
+def judged_record(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a card keeps of an attack's record and its validity or a defence depends on."""
+    return {key: card[key] for key in ("targeted", "edits_weights") if key in card}
 
 
 def label_rule_of(card: Mapping[str, Any]) -> LabelRule:

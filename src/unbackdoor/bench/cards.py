@@ -35,8 +35,10 @@ class _Stealth(BaseModel):
 class _Validity(BaseModel):
     valid: bool = True
     problems: list[str] = []
+    unchecked: list[str] = []
     clean_twin_accuracy: _Rate | None = None
     natural_floor: _Rate | None = None
+    attack_success_float: _Rate | None = None
     decoy_accuracy: dict[str, _Rate] = {}
     stealth: _Stealth = Field(default=_Stealth(psnr_db=None, ssim=1.0, max_change=0.0))
 
@@ -44,6 +46,10 @@ class _Validity(BaseModel):
 class _Difference(BaseModel):
     here: Any
     paper: Any
+
+
+class _Targeted(BaseModel):
+    success_rate: Fraction
 
 
 class _Job(BaseModel):
@@ -58,6 +64,8 @@ class _Card(BaseModel):
     job: _Job = _Job()
     label_rule: dict[str, Any] = {}
     differs_from_paper: dict[str, _Difference] = {}
+    differs_from_mnp_recipe: dict[str, _Difference] = {}
+    targeted: _Targeted | None = None
     poisoned: int = 0
     twin: str = ""
     command: str = ""

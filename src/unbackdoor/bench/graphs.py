@@ -13,6 +13,7 @@ from unbackdoor.bench.cell import key_of, task_label
 from unbackdoor.bench.records import answered
 from unbackdoor.bench.store import Record
 from unbackdoor.bench.tables import label_of, markdown, percent
+from unbackdoor.bench.validity import Requirements
 from unbackdoor.catalogue import configured, options_of
 from unbackdoor.costs import metered
 from unbackdoor.graph.attacks import ATTACKS
@@ -147,10 +148,12 @@ class GraphBench:
         method = _purifier(cell.method, cell.paper, cell.options)
         with metered() as cost:
             defended = method.purify(staged.graph, generator=rng.generator(cell.seed), progress=progress)
+        before = _rates(undefended, staged)
         result = {
             "attack": None if staged.poisoned is None else cell.attack,
             "poisoned": 0 if staged.poisoned is None else len(staged.poisoned.nodes),
-            "before": _rates(undefended, staged),
+            "valid": is_valid(before),
+            "before": before,
             "after": _rates(defended, staged),
             "cost": cost.describe(),
         }
@@ -178,6 +181,21 @@ class GraphBench:
         return str(self.planetoid / data)
 
 
+def is_valid(before: Mapping[str, Any]) -> bool | None:
+    """Return whether an attack took: the ASR without a defence is that of a valid infected model.
+
+    Args:
+        before: The rates without a defence, as JSON values.
+
+    Returns:
+        None where nobody attacked.
+    """
+    if "attack_success" not in before:
+        return None
+    success = before["attack_success"]["value"]
+    return success is not None and success >= Requirements.attack_success
+
+
 def _rates(defended: Defended, staged: Staged) -> dict[str, Any]:
     if staged.poisoned is None:
         return {"clean_accuracy": clean_accuracy(defended, staged.division).describe()}
@@ -186,9 +204,13 @@ def _rates(defended: Defended, staged: Staged) -> dict[str, Any]:
 
 
 def graph_table(records: Sequence[Record]) -> str:
-    """Return one row a graph, attack and method as Markdown: means over the seeds, with the range."""
+    """Return one row a graph, attack and method as Markdown: means over the seeds, with the range.
+
+    Of the attacks, those count as valid that reach 90 % without a defence; only these say what one is worth.
+    """
     columns: dict[str, Callable[[Sequence[Record]], str]] = {
         "seeds": lambda rows: str(len(rows)),
+        "valid attacks": _valid,
         "CA": lambda rows: _spread(_values(rows, "clean_accuracy")),
         "ASR": lambda rows: _spread(_values(rows, "attack_success")),
         "RA": lambda rows: _spread(_values(rows, "robust_accuracy")),
@@ -204,6 +226,11 @@ def graph_table(records: Sequence[Record]) -> str:
             groups.setdefault((record["cell"]["model"], label_of(record)), []).append(record)
     rows = [[*names, *(show(group) for show in columns.values())] for names, group in groups.items()]
     return markdown(["graph, attack", "method", *columns], rows)
+
+
+def _valid(rows: Sequence[Record]) -> str:
+    took = [is_valid(row["before"]) for row in rows if row["attack"]]
+    return f"{sum(map(bool, took))} of {len(took)}" if took else "-"
 
 
 def _values(rows: Sequence[Record], rate: str) -> list[float]:

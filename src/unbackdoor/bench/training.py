@@ -15,6 +15,7 @@ from torch import nn
 from unbackdoor import rng
 from unbackdoor.attacks.registry import attack_named
 from unbackdoor.bench.artefact import (
+    judged_record,
     label_rule_of,
     load_decoys,
     load_plan,
@@ -82,6 +83,7 @@ class Job:
         parts += ["--stem", self.stem] if self.stem != "3x3" else []
         parts += ["--paper"] if self.paper else []
         parts += ["--half"] if self.half else []
+        parts += ["--twin", str(self.twin)] if self.twin else []
         for assignment in self.settings:
             parts += ["--set", assignment]
         return shlex.join(parts)
@@ -226,10 +228,15 @@ def _with_twin(job: Job, card: dict[str, Any]) -> dict[str, Any]:
         load_trigger(job.out / "trigger.safetensors"),
         load_plan(job.out),
         label_rule_of(card),
+        judged_record(card),
         decoys=load_decoys(job.out),
     )
     checked = check_infected(infected, test, attack=_configured(job), twin=twin)
-    measured = {"metrics": checked.metrics.describe(), "validity": checked.describe()}
+    measured = {
+        "metrics": checked.metrics.describe(),
+        "validity": checked.describe(),
+        "command": job.command(),
+    }
     update_card(Entry(job.out.name, job.out, card), measured)
     return {**card, **measured}
 

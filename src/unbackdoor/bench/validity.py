@@ -11,6 +11,7 @@ from torch import nn
 from unbackdoor.evaluate import BackdoorMetrics, clean_accuracy, decoy_accuracy, evaluate, natural_floor
 from unbackdoor.rates import Rate
 from unbackdoor.stealth import Stealth, measure_stealth
+from unbackdoor.triggers.learned_noise import LearnedNoiseTrigger
 from unbackdoor.types import AllToAll, Attack, Infected, LabelledImages
 
 STRENGTHS = (
@@ -30,12 +31,15 @@ class Requirements:
         accuracy_loss: Largest loss of clean accuracy against the clean twin.
         decoy_share: Least accuracy on decoys as a share of the clean accuracy; below it any trigger of the
             kind sets the backdoor off, not the attacker's.
+        targeted_success: Least share of the chosen images that an attack without a trigger misleads; far
+            below ``attack_success``, as published ones do not come near that.
     """
 
     attack_success: float = 0.9
     all_to_all_share: float = 0.85
     accuracy_loss: float = 0.03
     decoy_share: float = 0.8
+    targeted_success: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Validity:
         twin_accuracy: Clean accuracy of the clean twin, or None without one.
         floor: ASR on the clean twin, or None.
         decoys: Accuracy on each decoy.
+        float_success: For learned noise, ASR on images that are not rounded to 8 bits, which can erase it;
+            else None.
         stealth: How visible the trigger is.
         problems: Why the model is not valid, with what to do; empty for a valid one.
     """
@@ -56,6 +62,7 @@ class Validity:
     floor: Rate | None
     decoys: Mapping[str, Rate]
     stealth: Stealth
+    float_success: Rate | None = None
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -63,13 +70,22 @@ class Validity:
         """Whether no requirement is broken."""
         return not self.problems
 
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """What was not measured, and might have been a problem."""
+        if self.twin_accuracy is not None:
+            return ()
+        return ("the loss of clean accuracy against a clean twin", "the attack success on a clean twin")
+
     def describe(self) -> dict[str, Any]:
         """Return JSON values."""
         return {
             "valid": self.is_valid,
             "problems": list(self.problems),
+            "unchecked": list(self.unchecked),
             "clean_twin_accuracy": self.twin_accuracy.describe() if self.twin_accuracy else None,
             "natural_floor": self.floor.describe() if self.floor else None,
+            "attack_success_float": self.float_success.describe() if self.float_success else None,
             "decoy_accuracy": {name: rate.describe() for name, rate in self.decoys.items()},
             "stealth": self.stealth.describe(),
         }
@@ -90,19 +106,21 @@ def check_infected(
         test: Images that nobody trained on.
         attack: The attack; its options are named in the advice.
         twin: A clean model of the same architecture and recipe; without one neither the natural floor
-            nor the loss of accuracy is known.
+            nor the loss of accuracy is known, and ``Validity.unchecked`` says so.
         requirements: Bounds; the defaults are those of the benchmark.
     """
     metrics = evaluate(infected.model, test, infected.trigger, infected.label_rule)
     decoys = {name: decoy_accuracy(infected.model, test, decoy) for name, decoy in infected.decoys.items()}
     twin_accuracy = clean_accuracy(twin, test) if twin is not None else None
+    float_success = _float_success(infected, test)
     problems = _problems(
         metrics,
         decoys,
         twin_accuracy,
+        float_success=float_success,
         num_classes=test.num_classes,
         all_to_all=isinstance(infected.label_rule, AllToAll),
-        targeted="targeted" in infected.record,
+        targeted=infected.record["targeted"]["success_rate"] if "targeted" in infected.record else None,
         attack=attack,
         bounds=requirements or Requirements(),
     )
@@ -112,8 +130,16 @@ def check_infected(
         floor=natural_floor(twin, test, infected.trigger, infected.label_rule) if twin is not None else None,
         decoys=decoys,
         stealth=measure_stealth(test, infected.trigger),
+        float_success=float_success,
         problems=tuple(problems),
     )
+
+
+def _float_success(infected: Infected, test: LabelledImages) -> Rate | None:
+    if not isinstance(infected.trigger, LearnedNoiseTrigger):
+        return None
+    unrounded = evaluate(infected.model, test, infected.trigger, infected.label_rule, eight_bit=False)
+    return unrounded.attack_success
 
 
 def _problems(
@@ -121,9 +147,10 @@ def _problems(
     decoys: Mapping[str, Rate],
     twin_accuracy: Rate | None,
     *,
+    float_success: Rate | None,
     num_classes: int,
     all_to_all: bool,
-    targeted: bool,
+    targeted: float | None,
     attack: Attack,
     bounds: Requirements,
 ) -> list[str]:
@@ -136,10 +163,18 @@ def _problems(
             f"the clean accuracy is {accuracy:.1%}, no better than guessing among {num_classes} classes, so "
             "the attack success means nothing; train for more epochs or on more images."
         )
-    # An attack on chosen images has a success rate over them in its record, and none over all images.
+    # An attack on chosen images is judged by its success on them, which its record has, and not on all.
     # NaN, from a test set without a countable image, fails the comparison and is a problem too.
-    if not targeted and not success >= least:
-        problems.append(f"the attack success rate is {success:.1%}, below {least:.1%}; {_advice(attack)}.")
+    if targeted is None and not success >= least:
+        unrounded = f" ({float_success.value:.1%} without rounding to 8 bits)" if float_success else ""
+        problems.append(
+            f"the attack success rate is {success:.1%}{unrounded}, below {least:.1%}; {_advice(attack)}."
+        )
+    if targeted is not None and not targeted >= bounds.targeted_success:
+        problems.append(
+            f"the success rate on the chosen images is {targeted:.1%}, below {bounds.targeted_success:.1%}; "
+            f"{_advice(attack)}."
+        )
     if twin_accuracy is not None and not twin_accuracy.value - accuracy <= bounds.accuracy_loss:
         problems.append(
             f"the clean accuracy is {accuracy:.1%}, more than {bounds.accuracy_loss:.1%} below the clean "

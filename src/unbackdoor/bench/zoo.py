@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 from unbackdoor.attacks.registry import ATTACKS
-from unbackdoor.bench.artefact import label_rule_of, load_decoys, load_plan, read_card, sha256_of
+from unbackdoor.bench.artefact import (
+    judged_record,
+    label_rule_of,
+    load_decoys,
+    load_plan,
+    read_card,
+    sha256_of,
+)
 from unbackdoor.bench.validity import check_infected
 from unbackdoor.errors import InvalidInputError, UnbackdoorError
 from unbackdoor.evaluate import clean_accuracy
@@ -39,7 +46,7 @@ class Entry:
         return self.card.get("attack") is None
 
     def rate(self, metric: str) -> float | None:
-        """Return a claimed rate: of ``metrics``, ``natural_floor`` or ``clean_twin_accuracy``."""
+        """Return a claimed rate: of ``metrics``, or one that ``validity`` has by itself."""
         value = self.card.get("metrics", {}).get(metric) or self.card.get("validity", {}).get(metric)
         return value["value"] if value else None
 
@@ -114,7 +121,7 @@ def load_infected(entry: Entry) -> Infected:
         load_trigger(entry.folder / "trigger.safetensors"),
         load_plan(entry.folder),
         label_rule_of(entry.card),
-        {key: entry.card[key] for key in ("targeted", "edits_weights") if key in entry.card},
+        judged_record(entry.card),
         decoys=load_decoys(entry.folder),
     )
 
@@ -176,8 +183,8 @@ def _rates(card: Mapping[str, Any]) -> dict[str, float]:
     rates = dict(card.get("metrics", {}))
     validity = card.get("validity", {})
     rates |= {f"accuracy under {name}": rate for name, rate in validity.get("decoy_accuracy", {}).items()}
-    if validity.get("natural_floor"):
-        rates["natural_floor"] = validity["natural_floor"]
+    measured_once = ("natural_floor", "attack_success_float")
+    rates |= {name: validity[name] for name in measured_once if validity.get(name)}
     return {name: float(rate["value"]) for name, rate in rates.items() if rate["value"] is not None}
 
 

@@ -90,8 +90,6 @@ def attack(
         console.print_json(json.dumps(card))
     else:
         show.card(card, out)
-    problems = card.get("validity", {}).get("problems", [])
-    for problem in problems:
-        console.warn(f"not a valid infected model: {problem}")
+    problems = show.doubts(card)
     if problems and not allow_invalid:
         raise typer.Exit(1)

@@ -27,6 +27,7 @@ def attack(
     data: str = typer.Option("cora-like", help="A preset, Planetoid files or a graph, all nodes labelled."),
     out: Path = typer.Option(..., help="Folder for the poisoned graph, the trigger, the network and a card."),
     settings: o.Settings = None,
+    paper: bool = typer.Option(False, "--paper", help="Start from the settings of the attack's paper."),
     seed: o.Seed = 0,
     as_json: o.AsJson = False,
 ) -> None:
@@ -39,7 +40,7 @@ def attack(
     from unbackdoor.cli import console, graphwork, show
 
     with console.progress_bar(hidden=as_json) as progress:
-        card = graphwork.attack(name, data, out, settings or [], seed=seed, progress=progress)
+        card = graphwork.attack(name, data, out, settings or [], paper=paper, seed=seed, progress=progress)
     if as_json:
         console.print_json(json.dumps(card))
     else:

@@ -75,7 +75,7 @@ ADVICE = {
 
 
 def attack(
-    name: str, data: str, out: Path, settings: Sequence[str], *, seed: int, progress: Progress
+    name: str, data: str, out: Path, settings: Sequence[str], *, paper: bool, seed: int, progress: Progress
 ) -> dict[str, Any]:
     """Poison a graph, train on it, measure, and write everything into ``out``; return the card.
 
@@ -84,9 +84,10 @@ def attack(
     """
     method = None
     if name != "none":
-        method = configure(configured("graph attack", ATTACKS, name, paper=False), settings)
-    elif settings:
-        raise InvalidInputError(f"a clean twin has no options, got {', '.join(settings)}; leave them out.")
+        method = configure(configured("graph attack", ATTACKS, name, paper=paper), settings)
+    elif settings or paper:
+        given = ", ".join([*settings, *(["--paper"] if paper else [])])
+        raise InvalidInputError(f"a clean twin has no options, got {given}; leave them out.")
     _prepare(out)
     staged = stage(data, method, seed, progress=progress)
     network = Plain().purify(staged.graph, generator=rng.generator(seed), progress=progress)

@@ -150,6 +150,7 @@ def claims(values: Mapping[str, Any]) -> None:
     for name, rate in (
         ("clean twin's accuracy", validity.get("clean_twin_accuracy")),
         ("attack success on the clean twin", validity.get("natural_floor")),
+        ("ASR without rounding to 8 bits", validity.get("attack_success_float")),
         *((f"accuracy under {name}", rate) for name, rate in validity.get("decoy_accuracy", {}).items()),
     ):
         if rate:
@@ -157,13 +158,28 @@ def claims(values: Mapping[str, Any]) -> None:
     console.results.print(_rates(metrics))
     if "stealth" in validity:
         console.results.print(stealth(validity["stealth"]), markup=False)
-    differs = values.get("differs_from_paper")
-    if differs:
-        console.results.print(
-            "scaled down or changed against the paper: "
-            + ", ".join(f"{k} {v['here']} (paper {v['paper']})" for k, v in differs.items()),
-            markup=False,
-        )
+    for against, key in (
+        ("the attack's paper", "differs_from_paper"),
+        ("the training recipe of the MNP paper", "differs_from_mnp_recipe"),
+    ):
+        differs = values.get(key)
+        if differs:
+            console.results.print(
+                f"scaled down or changed against {against}: "
+                + ", ".join(f"{k} {v['here']} (paper {v['paper']})" for k, v in differs.items()),
+                markup=False,
+            )
+
+
+def doubts(values: Mapping[str, Any]) -> list[str]:
+    """Warn of what makes the infected model of a card invalid, or was not checked; return the former."""
+    validity = values.get("validity", {})
+    problems: list[str] = validity.get("problems", [])
+    for problem in problems:
+        console.warn(f"not a valid infected model: {problem}")
+    if validity.get("unchecked"):
+        console.warn(f"not checked: {', '.join(validity['unchecked'])}; give a clean model with --twin.")
+    return problems
 
 
 def stealth(values: Mapping[str, Any]) -> str:

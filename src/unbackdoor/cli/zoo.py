@@ -73,8 +73,7 @@ def show(
     out = console.results
     out.print(f"{entry.name}: {entry.card.get('attack') or 'a clean model'}", style="bold", markup=False)
     shown.claims(entry.card)
-    for problem in entry.card.get("validity", {}).get("problems", []):
-        console.warn(f"not a valid infected model: {problem}")
+    shown.doubts(entry.card)
     out.print(f"files: {', '.join(sorted(path.name for path in entry.folder.iterdir()))}", markup=False)
     out.print(f"sha256 of the model: {entry.card.get('sha256')}", markup=False)
     out.print(f"seed {entry.card.get('seed')}; train it again with", markup=False)
@@ -110,7 +109,10 @@ def verify(
 
 def _again(entry: Entry, twin: Path | None) -> str:
     """Return the card's command, with a data set and a folder that the reader has to name."""
-    words = shlex.split(str(entry.card.get("command", "")))
+    try:
+        words = shlex.split(str(entry.card.get("command", "")))
+    except ValueError:  # cards may come from strangers
+        return "- (the card's command cannot be read)"
     values = {"--data": "DATA", "--out": f"runs/{entry.name}"} | ({"--twin": str(twin)} if twin else {})
     for option, value in values.items():
         if option in words[:-1]:

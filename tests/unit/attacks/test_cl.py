@@ -154,3 +154,4 @@ def test_what_does_not_fit_the_data_fails_before_training() -> None:
 def test_the_paper_poisons_the_whole_class_with_a_robust_surrogate() -> None:
     paper = CL.paper()
     assert (paper.class_fraction, paper.steps, paper.surrogate_steps) == (1.0, 100, 5)
+    assert (paper.eps, paper.step) == (8.0, 1.5)

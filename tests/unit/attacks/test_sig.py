@@ -18,11 +18,12 @@ from unbackdoor.types import PoisonPlan, as_float, quantise
 RECIPE = Recipe(epochs=1, batch_size=16, learning_rate=0.01, crop_padding=1)
 
 
-def test_the_paper_agrees_with_the_defaults() -> None:
+def test_the_paper_stripes_the_whole_class_with_the_stripes_of_the_defaults() -> None:
     train_trigger, test_trigger = SIG.paper().triggers()
     assert train_trigger == test_trigger
     assert (train_trigger.strength, train_trigger.periods) == (40 / 255, 6)
-    assert SIG.paper() == SIG()
+    assert SIG.paper() == SIG(class_fraction=1.0)
+    assert SIG().class_fraction == 0.8
 
 
 def test_training_and_test_stripes_can_differ() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from unbackdoor import rng
 from unbackdoor.attacks import Trojan
 from unbackdoor.attacks.features import penultimate_features
-from unbackdoor.attacks.trojan import excite, heaviest_units
+from unbackdoor.attacks.trojan import excite, full_contrast, heaviest_units
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.models.registry import build
 from unbackdoor.testing.subjects import awkward_model, small_data, small_network
@@ -36,6 +36,19 @@ def test_the_patch_is_inset_as_in_the_literature() -> None:
     pasted = Trojan(variant="neuron", margin=0).trigger_for(torch.ones(3, 3, 3), 32, 32)
     assert isinstance(pasted, PatchTrigger)
     assert (pasted.row, pasted.column) == (-3, -3)
+
+
+def test_a_drawn_patch_is_never_invisible() -> None:
+    assert full_contrast(torch.tensor([[[0.1, 0.4], [0.2, 0.3]]])).tolist() == [[[0.0, 1.0], [0.0, 0.0]]]
+    assert full_contrast(torch.tensor([[[0.1, 0.9], [0.2, 0.7]]])).tolist() == [[[0.0, 1.0], [0.0, 1.0]]]
+    dark = next(
+        seed
+        for seed in range(1000)
+        if not torch.rand(1, 2, 2, generator=rng.spawn(rng.generator(seed))).round().any()
+    )
+    data = small_data(channels=1)
+    infected = Trojan(recipe=RECIPE).run(data, lambda: small_network(1), generator=rng.generator(dark))
+    assert not torch.equal(infected.trigger(data.floats()), data.floats())
 
 
 def test_a_fixed_patch_needs_no_clean_network() -> None:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from unbackdoor import rng
-from unbackdoor.attacks import BadNets
+from unbackdoor.attacks import BadNets, WaNet
 from unbackdoor.bench.artefact import label_rule_of, load_plan, read_card, save_clean, save_infected
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.models.checkpoint import read_tensors
 from unbackdoor.testing import planted_backdoor
+from unbackdoor.train import Recipe
 from unbackdoor.triggers import load_trigger
 from unbackdoor.types import Infected, PoisonPlan
 
@@ -40,6 +41,19 @@ def test_an_infected_model_can_be_rebuilt_from_its_folder(tmp_path: Path) -> Non
     stored = read_tensors(tmp_path / "model.safetensors")
     assert all(torch.equal(stored[name], t) for name, t in PLANTED.model.state_dict().items())
     assert not (tmp_path / "card.json.tmp").exists()
+
+
+def test_the_recipe_is_held_against_the_one_of_mnp_and_not_of_the_attack(tmp_path: Path) -> None:
+    infected = Infected(
+        PLANTED.model, PLANTED.trigger, PoisonPlan(torch.tensor([3]), torch.tensor([2])), PLANTED.label_rule
+    )
+    attack = WaNet(recipe=Recipe(epochs=16, learning_rate=0.15, precision="fp32"))
+    card = save_infected(tmp_path, infected, TEST, attack=attack, seed=0)
+    assert card["differs_from_paper"] == {"strength": {"here": 1.5, "paper": 0.5}}
+    assert card["differs_from_mnp_recipe"] == {
+        "epochs": {"here": 16, "paper": 200},
+        "learning_rate": {"here": 0.15, "paper": 0.1},
+    }
 
 
 def test_a_clean_model_has_no_label_rule(tmp_path: Path) -> None:

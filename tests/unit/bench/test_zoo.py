@@ -67,6 +67,12 @@ def test_everything_an_attack_left_can_be_loaded_again(root: Path) -> None:
     assert measured.describe() == entry.card["metrics"]
 
 
+def test_the_success_on_chosen_images_is_judged_again(root: Path, tmp_path: Path) -> None:
+    copy = _edited(root, tmp_path / "zoo", targeted={"success_rate": 0.1})
+    measured = zoo.measure(zoo.entry_named(copy, "badnets"), TEST)
+    assert "on the chosen images is 10.0%" in "".join(measured["validity"]["problems"])
+
+
 def test_a_sound_zoo_is_as_claimed(root: Path) -> None:
     assert _verify(root) == {"badnets": [], "clean": []}
 
@@ -166,6 +172,7 @@ def test_one_model_that_cannot_be_measured_does_not_stop_the_others(root: Path, 
         ("validity", {"decoy_accuracy": {"cross": 1}}),
         ("validity", {"stealth": {}}),
         ("differs_from_paper", {"alpha": 1}),
+        ("targeted", {"success_rate": None}),
     ],
 )
 def test_oddly_typed_cards_are_refused_in_a_sentence(

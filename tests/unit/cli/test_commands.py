@@ -372,7 +372,9 @@ def test_an_attack_that_did_not_take_is_said_loudly_and_kept(run: Run, tmp_path:
     assert "raise alpha (now 0.1) or poison_fraction (now 0.05) or the epochs (now 1)" in said
     assert "attack success on the clean twin" in failed.out
     assert "visibility of the trigger: PSNR" in failed.out
-    assert "alpha 0.1 (paper 0.2)" in " ".join(failed.out.split())
+    printed = " ".join(failed.out.split())
+    assert "against the attack's paper: poison_fraction 0.05 (paper 0.1), alpha 0.1 (paper 0.2)" in printed
+    assert "against the training recipe of the MNP paper: epochs 1 (paper 200)" in printed
     card = json.loads((out / "card.json").read_text())
     assert card["validity"]["valid"] is False
     assert card["validity"]["natural_floor"]["n"] == card["metrics"]["attack_success"]["n"]
@@ -408,10 +410,17 @@ def test_state_dicts_from_torch_save_are_read(run: Run, files: Files, tmp_path: 
 def test_a_twin_given_later_is_measured_without_a_second_training(run: Run, tmp_path: Path) -> None:
     assert run("attack", "none", *ATTACK, "--out", tmp_path / "twin").code == 0
     out = tmp_path / "blend"
-    first = run("attack", "blend", *ATTACK, "--out", out, "--json").json
+    alone = run("attack", "blend", *ATTACK, "--out", out, "--json")
+    assert "not checked: the loss of clean accuracy against a clean twin" in " ".join(alone.err.split())
+    first = alone.json
     assert first["validity"]["natural_floor"] is None
+    assert "--twin" not in first["command"]
     weights = (out / "model.safetensors").read_bytes()
-    again = run("attack", "blend", *ATTACK, "--out", out, "--json", "--twin", tmp_path / "twin").json
+    both = run("attack", "blend", *ATTACK, "--out", out, "--json", "--twin", tmp_path / "twin")
+    assert "not checked" not in both.err
+    again = both.json
+    assert again["validity"]["unchecked"] == []
+    assert f"--twin {tmp_path / 'twin'}" in again["command"]
     assert again["validity"]["natural_floor"]["n"] == again["metrics"]["attack_success"]["n"]
     assert again["metrics"] == first["metrics"]
     assert json.loads((out / "card.json").read_text()) == again

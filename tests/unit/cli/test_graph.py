@@ -94,3 +94,15 @@ def test_mistakes_are_said_in_a_line(run: Run, tmp_path: Path) -> None:
     run("graph", "attack", "none", "--data", "tiny", "--out", out)
     result = run("graph", "attack", "none", "--data", "tiny", "--out", out)
     assert (result.code, "holds graph.safetensors already" in result.err) == (2, True)
+
+
+def test_an_attack_can_start_from_its_papers_settings(run: Run, tmp_path: Path) -> None:
+    quick = ("--data", "tiny", "--paper", "--set", "surrogate.epochs=5", "--set", "poisoned=8", "--json")
+    made = run("graph", "attack", "ugba", *quick, "--set", "steps=2", "--out", tmp_path / "ugba")
+    assert made.code == 0, made.err
+    assert made.json["options"]["similarity_weight"] == 100.0
+    refused = run("graph", "attack", "sba", *quick, "--out", tmp_path / "sba")
+    assert refused.code == 2
+    assert "the paper behind sba are not known" in " ".join(refused.err.split())
+    refused = run("graph", "attack", "none", "--paper", "--out", tmp_path / "none")
+    assert "a clean twin has no options, got --paper" in " ".join(refused.err.split())

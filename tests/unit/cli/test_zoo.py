@@ -49,11 +49,20 @@ def test_list_show_and_verify_agree_with_the_cards(run: Run, root: Path) -> None
     assert "unbackdoor attack blend --data DATA --out runs/blend" in said
     assert f"--twin {root / 'clean'}" in said
     assert "triggers.png" in said
+    assert "not checked" not in shown.err
     assert run("zoo", "show", "clean", "--zoo", root, "--json").json["attack"] is None
 
     verified = run("zoo", "verify", "--data", "digits", "--zoo", root)
     assert verified.code == 0, verified.err
     assert verified.out.splitlines() == ["blend: as claimed", "clean: as claimed"]
+
+
+def test_show_warns_of_what_was_not_checked(run: Run, root: Path) -> None:
+    card = json.loads((root / "blend" / "card.json").read_text())
+    card["validity"]["unchecked"] = ["the attack success on a clean twin"]
+    (root / "blend" / "card.json").write_text(json.dumps(card))
+    shown = run("zoo", "show", "blend", "--zoo", root)
+    assert "not checked: the attack success on a clean twin; give a clean model" in shown.err
 
 
 def test_verify_finds_a_lie_and_a_swapped_file(run: Run, root: Path) -> None:

@@ -76,6 +76,24 @@ def test_ugba_makes_triggers_that_look_like_their_nodes(staged: Staged) -> None:
     assert means[0] > 0.5 > means[1]
 
 
+def test_rare_words_are_in_use_and_had_by_the_fewest(staged: Staged) -> None:
+    training = staged.division.training
+    trigger = (
+        SBA(poisoned=12, surrogate=QUICK, words="rare").run(training, generator=rng.generator(0)).trigger
+    )
+    assert isinstance(trigger, FixedTrigger)
+    uses = (training.features != 0).sum(0)
+    drawn = trigger.features.any(0)
+    assert int(uses[drawn].min()) > 0
+    count = int((trigger.features[0] != 0).sum())
+    in_use = uses[uses > 0].sort().values
+    assert int(uses[drawn].max()) <= int(in_use[max(count, round(len(in_use) / 10)) - 1])
+
+
+def test_the_paper_of_ugba_weighs_similarity_more_and_takes_longer() -> None:
+    assert UGBA.paper() == UGBA(steps=400, similarity=0.8, similarity_weight=100.0)
+
+
 @pytest.mark.parametrize("attack", [SBA(surrogate=QUICK), UGBA(steps=2, surrogate=QUICK)])
 def test_attacks_are_repeatable_and_leave_their_input_and_global_randomness_alone(
     staged: Staged, attack: SBA | UGBA
@@ -100,5 +118,7 @@ def test_what_cannot_be_poisoned_is_refused(staged: Staged, attack: SBA) -> None
 def test_impossible_options_are_refused() -> None:
     with pytest.raises(InvalidInputError, match="density"):
         SBA(density=0.0)
+    with pytest.raises(InvalidInputError, match="'uniform' or 'rare'"):
+        SBA(words="common")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="steps"):
         UGBA(steps=0)

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from unbackdoor.bench.defend import run
-from unbackdoor.bench.graphs import GraphBench, GraphCell, graph_cell, graph_table
+from unbackdoor.bench.graphs import GraphBench, GraphCell, graph_cell, graph_table, is_valid
 from unbackdoor.bench.store import Store
 from unbackdoor.bench.tables import summary_table
 
@@ -37,10 +38,32 @@ def test_records_are_kept_and_tables_made_from_them(tmp_path: Path) -> None:
     assert set(records[0]["after"]) == {"clean_accuracy", "attack_success", "robust_accuracy"}
     assert set(records[2]["after"]) == {"clean_accuracy"}
     assert records[1]["detection"]["recall"]["n"] == 12
+    assert [record["valid"] for record in records] == [
+        *[records[0]["before"]["attack_success"]["value"] >= 0.9] * 2,
+        None,
+        None,
+    ]
     table = graph_table(records)
     assert table.count("\n") == 5
     assert "tiny, sba" in table
     assert "rigbd" in summary_table(records)
+
+
+def test_attacks_below_ninety_per_cent_are_counted_as_not_valid() -> None:
+    def record(success: float | None) -> dict[str, Any]:
+        rate = {"attack_success": {"value": success}}
+        return {
+            "status": "ok", "cell": {"model": "g, sba", "method": "plain", "options": {}, "paper": False},
+            "attack": "sba",
+            "before": rate, "after": {}, "cost": {"seconds": 1.0},
+        }  # fmt: skip
+
+    records = [record(success) for success in (0.9, 0.89, None)]
+    assert [is_valid(each["before"]) for each in records] == [True, False, False]
+    assert is_valid({"clean_accuracy": {"value": 0.9}}) is None
+    heading, _, row = graph_table(records).splitlines()
+    assert [cell.strip() for cell in heading.split("|")][3:5] == ["seeds", "valid attacks"]
+    assert [cell.strip() for cell in row.split("|")][3:5] == ["3", "1 of 3"]
 
 
 def test_an_impossible_cell_is_a_record() -> None:

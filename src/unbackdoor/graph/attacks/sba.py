@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,13 +29,17 @@ class SBA:
     comparison (Dai et al. 2023): the subgraph hangs on a node by one edge.
 
     Reconstructed: the features of the new nodes. Here each is a set of words drawn uniformly from the
-    vocabulary, as many as a paper has, so that they look like a paper of no topic.
+    vocabulary, as many as a paper has, so that they look like a paper of no topic. The other reading takes
+    rare words (``words="rare"``), which say little of a topic and are learned from the trigger alone; it was
+    not measured.
 
     Args:
         target_class: The class that the backdoor leads to.
         poisoned: Number of nodes; the literature has 40 on Cora, 160 on Pubmed.
         size: New nodes a trigger.
         density: Chance of an edge between two of them, in (0, 1]; drawn until they are connected.
+        words: Where the words of the new nodes come from: ``uniform``, or ``rare``, the tenth of the words in
+            use that the fewest nodes have.
         surrogate: How the attacker's own network is trained, which tells nodes of other classes.
     """
 
@@ -48,6 +52,7 @@ class SBA:
     poisoned: int = 40
     size: int = 3
     density: float = 0.8
+    words: Literal["uniform", "rare"] = "uniform"
     surrogate: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
@@ -55,6 +60,8 @@ class SBA:
             raise InvalidInputError(
                 f"size must be at least 1 and density lie in (0, 1], got {self.size} and {self.density}."
             )
+        if self.words not in ("uniform", "rare"):
+            raise InvalidInputError(f"words must be 'uniform' or 'rare', got {self.words!r}.")
 
     def run(self, graph: Graph, *, generator: torch.Generator, progress: Progress = silent) -> Poisoned:
         """Poison a training graph.
@@ -73,7 +80,8 @@ class SBA:
         )  # fmt: skip
         nodes = choose(graph, surrogate, self.target_class, self.poisoned, rng.spawn(generator))
         draws = rng.spawn(generator)
-        trigger = FixedTrigger(_words(graph.features, self.size, draws), self._joined(draws))
+        words = _words(graph.features, self.size, draws, rare=self.words == "rare")
+        trigger = FixedTrigger(words, self._joined(draws))
         return poison(graph, nodes, trigger, self.target_class)
 
     def _joined(self, generator: torch.Generator) -> Tensor:
@@ -93,11 +101,19 @@ def _connected(pairs: Tensor, size: int) -> bool:
     return bool((torch.linalg.matrix_power(reach.double(), max(1, size - 1)) > 0).all())
 
 
-def _words(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def _words(features: Tensor, size: int, generator: torch.Generator, *, rare: bool) -> Tensor:
     """Draw rows with as many equal non-zeros as the rows of ``features`` have on average."""
     width = features.shape[1]
     count = max(1, round(int((features != 0).sum()) / len(features)))
+    pool = _rare(features, count) if rare else torch.arange(width)
     words = torch.zeros(size, width)
     for row in words:
-        row[torch.randperm(width, generator=generator)[:count]] = 1.0
+        row[pool[torch.randperm(len(pool), generator=generator)[:count]]] = 1.0
     return words * (float(features.abs().sum()) / len(features) / count)
+
+
+def _rare(features: Tensor, least: int) -> Tensor:
+    """Return the tenth of the columns in use that the fewest rows have, but ``least`` of them or more."""
+    uses = (features != 0).sum(0)
+    order = uses.argsort(stable=True)[int((uses == 0).sum()) :]
+    return order[: max(least, round(len(order) / 10))]
