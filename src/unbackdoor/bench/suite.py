@@ -225,16 +225,20 @@ class Plan:
         there = self.entries()
         return [Training(job) for name, job in self.jobs.items() if name not in there]
 
-    def cells(self) -> dict[str, tuple[str, Cell]]:
-        """Return the cells of all models that are there, with their parts, by key, seed by seed."""
+    def cells(self) -> dict[str, tuple[tuple[str, ...], Cell]]:
+        """Return the cells of all models that are there, with their parts, by key, seed by seed.
+
+        A cell that several grids ask for is one question, and belongs to the parts of all of them.
+        """
         there = self.entries()
         size = self.suite.sizes[self.size]
-        found: dict[str, tuple[str, Cell]] = {}
+        found: dict[str, tuple[tuple[str, ...], Cell]] = {}
         for seed in dict.fromkeys([*size.seeds, *(seed for grid in self.grids for seed in grid.seeds)]):
             for grid in self.grids:
                 if seed in (grid.seeds or size.seeds):
                     for cell in self._cells(grid, seed, there):
-                        found.setdefault(cell.key, (grid.part, cell))
+                        parts, _ = found.get(cell.key, ((), cell))
+                        found[cell.key] = tuple(dict.fromkeys((*parts, grid.part))), cell
         return found
 
     def _cells(self, grid: Grid, seed: int, there: Mapping[str, Entry]) -> Iterator[Cell]:
@@ -272,8 +276,8 @@ class Plan:
             "missing_models": missing,
             "commands": {name: job.command() for name, job in self.jobs.items()},
             "cells": {
-                key: {"part": part, "label": cell.label, "cell": cell.describe()}
-                for key, (part, cell) in self.cells().items()
+                key: {"parts": list(parts), "label": cell.label, "cell": cell.describe()}
+                for key, (parts, cell) in self.cells().items()
             },
         }
 

@@ -88,7 +88,7 @@ def render(run: Run, tables: Sequence[Table], figures: Sequence[Drawing]) -> str
         tables=tables,
         figures=[(figure, Markup(figure.inline())) for figure in figures],  # noqa: S704 - ours, escaped
         rows=[_row(answer) for answer in run.answers],
-        choices=_choices(run.answers),
+        choices=_choices(run),
         details=Markup(_embedded({answer.key: _details(run, answer) for answer in run.answers})),  # noqa: S704
         trainings=run.trainings,
         circumstances=_circumstances(run.answers),
@@ -112,7 +112,7 @@ def _row(answer: Answer) -> dict[str, Any]:
     }
     return {
         "key": answer.key,
-        "part": answer.part,
+        "parts": answer.parts,
         "model": answer.model,
         "method": dashed(answer.method),
         "settings": answer.variant,
@@ -127,11 +127,12 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _choices(answers: Sequence[Answer]) -> dict[str, list[str]]:
+def _choices(run: Run) -> dict[str, list[str]]:
     """Return the values that the list can be filtered by."""
-    rows = [_row(answer) for answer in answers]
+    rows = [_row(answer) for answer in run.answers]
     return {
-        name: list(dict.fromkeys(row[name] for row in rows)) for name in ("part", "model", "method", "status")
+        "part": run.parts(),
+        **{name: list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "method", "status")},
     }
 
 

@@ -21,13 +21,13 @@ class Answer:
 
     Args:
         key: Of the cell.
-        part: The part of the suite that it belongs to.
+        parts: The parts of the suite that it belongs to.
         cell: What was asked.
         record: The answer, or None yet.
     """
 
     key: str
-    part: str
+    parts: tuple[str, ...]
     cell: Mapping[str, Any]
     record: Record | None
 
@@ -106,11 +106,11 @@ class Run:
 
     def of(self, part: str) -> list[Answer]:
         """Return the answers of a part."""
-        return [answer for answer in self.answers if answer.part == part]
+        return [answer for answer in self.answers if part in answer.parts]
 
     def parts(self) -> list[str]:
         """Return the parts in their order."""
-        return list(dict.fromkeys(answer.part for answer in self.answers))
+        return list(dict.fromkeys(part for answer in self.answers for part in answer.parts))
 
     def count(self, status: str) -> int:
         """Return how many questions have a status."""
@@ -137,14 +137,16 @@ def read_run(folder: Path) -> Run:
     path = folder / PLAN
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
-        cells = {str(key): (str(value["part"]), value["cell"]) for key, value in plan["cells"].items()}
+        cells = {
+            str(key): (tuple(map(str, value["parts"])), value["cell"]) for key, value in plan["cells"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInputError(
             f"{path} cannot be read as the plan of a run ({error}); give the folder that "
             "`unbackdoor bench --out` wrote."
         ) from error
     records = Store(folder / RECORDS).records()
-    answers = [Answer(key, part, cell, records.get(key)) for key, (part, cell) in cells.items()]
+    answers = [Answer(key, parts, cell, records.get(key)) for key, (parts, cell) in cells.items()]
     trainings = [record for record in records.values() if record.get("kind") == "training"]
     return Run(plan, tuple(answers), tuple(trainings))
 

@@ -98,17 +98,39 @@ def test_cells_are_the_products_of_the_grids_seed_by_seed(suite: Path) -> None:
     plan = Plan.of(read_suite(str(suite)), "small", PLACES, "data")
     assert list(plan.jobs) == ["clean", "badnets"]
     assert plan.trainings() == []
-    cells = [(part, cell) for part, cell in plan.cells().values()]
-    one = [cell for part, cell in cells if part == "one"]
+    cells = list(plan.cells().values())
+    one = [cell for parts, cell in cells if "one" in parts]
     assert len(one) == 2 * 2 * 2 * 2
     assert [cell.seed for cell in one] == [0] * 8 + [1] * 8
-    scaled = [cell for part, cell in cells if part == "scaled"]
+    scaled = [cell for parts, cell in cells if "scaled" in parts]
     assert [dict(cell.options) for cell in scaled] == [
         {}, {"outer_rate": "0.0005"}, {"outer_rate": "0.002"}, {"rounds": "2"}, {"rounds": "10"}
     ]  # fmt: skip
     assert {cell.seed for cell in scaled} == {1}
-    assert not [cell for part, cell in cells if part == "again"], "an equal question is asked once"
+    again = [(parts, cell) for parts, cell in cells if "again" in parts]
+    assert [parts for parts, _ in again] == [("one", "again")] * 2, "an equal question is asked once"
+    assert len(cells) == len(one) + len(scaled)
     assert json.loads(json.dumps(plan.describe()))["missing_models"] == []
+
+
+def test_each_part_of_a_suite_has_the_default_cells_that_it_shares_with_others() -> None:
+    ten = {"ft", "fp", "anp", "clp", "rnp", "nc", "i_bau", "ft_sam", "fst", "mnp"}
+    cells = list(Plan.of(read_suite("sok"), "cpu", PLACES, "data").cells().values())
+    usual = {
+        part: {(c.model, c.method) for parts, c in cells if part in parts and not c.options}
+        for part in ("architectures", "options")
+    }
+    usual["clean images"] = {
+        (c.model, c.method) for parts, c in cells if "clean images" in parts and c.clean_images == 500
+    }
+    for part, models in (
+        ("architectures", {"badnets", "blend", "clean"}),
+        ("clean images", {"badnets", "blend", "wanet", "clean"}),
+        ("options", {"badnets", "blend", "wanet"}),
+    ):
+        assert {(model, method) for model in models for method in ten} <= usual[part], part
+    low = {c.method for parts, c in cells if "low rates" in parts and c.model == "badnets-0.5pct"}
+    assert low > ten
 
 
 def test_models_that_are_not_there_are_trained_clean_twins_first(suite: Path, tmp_path: Path) -> None:

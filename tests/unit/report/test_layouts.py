@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from unbackdoor.bench.suite import Places, Plan, read_suite
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.report.layouts.defences import stability_tables
 from unbackdoor.report.layouts.filters import clouds, rank_correlation
@@ -194,6 +195,22 @@ def test_stability_is_the_mean_absolute_move_from_the_defaults(tmp_path: Path) -
     assert rows(options)["MNP", "a=1"] == ["1.50", "5.00"]
     assert rows(options)["MNP", "a=4"] == ["0.00", "10.00"]
     assert rows(methods)["MNP",][:4] == ["1", "1.00", "6.67", "10.00"]
+
+
+def test_a_planned_suite_has_its_default_answers_in_the_stability_table(tmp_path: Path) -> None:
+    suite = read_suite("sok")
+    grids = [grid.model_copy(update={"methods": ("clp",)}) for grid in suite.grid]
+    places = Places(Path(__file__).parents[3] / "zoo", tmp_path)
+    plan = Plan.of(suite.model_copy(update={"grid": grids}), "cpu", places, "data").describe()
+    cells = plan["cells"]
+    records = [
+        ("|".join(each["parts"]), purified(each["cell"], ca=0.8, asr=0.2 if each["cell"]["options"] else 0.1))
+        for each in cells.values()
+    ]
+    tables = {table.name: table for table in tables_of(run_of(tmp_path, "sok", records))}
+    assert rows(tables["stability"])["CLP",][:4] == ["3", "0.00", "10.00", "10.00"]
+    assert len(tables["stability-options"].rows) == 6
+    assert {"BadNets", "Blend"} <= {column.title for column in tables["architectures"].columns}
 
 
 def test_what_the_review_asks_for_has_its_tables(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def grid_tables(run: Run, published: str = "", parts: Sequence[str] = ()) -> lis
         parts: Which; all that are about purification if empty.
     """
     printed = paper(published) if published else None
-    chosen = parts or list(dict.fromkeys(a.part for a in run.answers if a.task == "purify"))
+    chosen = parts or list(dict.fromkeys(part for a in run.answers if a.task == "purify" for part in a.parts))
     return [_table(run, part, run.of(part), printed) for part in chosen if run.of(part)]
 
 

@@ -46,7 +46,7 @@ const filter = () => {
   for (const row of list.tBodies[0].rows) {
     const fits = wanted.every(([name, value]) => name === "text"
       ? row.textContent.toLowerCase().includes(value.toLowerCase())
-      : row.dataset[name] === value);
+      : row.dataset[name].split("\n").includes(value));
     row.hidden = !fits;
     count += fits;
   }
