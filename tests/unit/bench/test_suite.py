@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from unbackdoor.bench.methods import METHODS, configured
 from unbackdoor.bench.spec import jobs
 from unbackdoor.bench.suite import Places, Plan, _folder, _spec, matching, read_suite, suite_names, variants
 from unbackdoor.bench.training import _configured
@@ -76,12 +77,17 @@ def test_every_suite_names_models_methods_and_options_that_exist(name: str) -> N
         plan = Plan.of(suite, size, PLACES, "data")
         assert plan.jobs
         for grid in plan.grids:
-            from unbackdoor.bench.methods import METHODS, configured
-
             for method in matching(grid.methods, METHODS[grid.task], name):
                 for options in variants(grid, method):
                     configured(grid.task, method, grid.paper, options)
         assert set(suite.sizes) == {"cpu"} or set(suite.sizes) == {"cpu", "paper"}
+
+
+@pytest.mark.parametrize(("name", "part"), [("ablations", "objectives"), ("fig4", "ours")])
+def test_what_varies_suppression_is_asked_where_nothing_else_can_settle_it(name: str, part: str) -> None:
+    (grid,) = [grid for grid in read_suite(name).grid if grid.part == part]
+    methods = [configured(grid.task, "mnp", grid.paper, options) for options in grid.options]
+    assert {method.exposures for method in methods} == {("suppression",)}
 
 
 def test_every_list_of_models_can_be_trained() -> None:
