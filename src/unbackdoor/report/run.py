@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.bench.store import Record, Store
+from unbackdoor.bench.tables import took
 from unbackdoor.catalogue import dashed
 from unbackdoor.errors import InvalidInputError
 
@@ -76,6 +77,11 @@ class Answer:
     def attack(self) -> str | None:
         """The attack that the model was infected by, None for a clean one or an unanswered question."""
         return None if self.record is None else self.record.get("attack")
+
+    @property
+    def took(self) -> bool:
+        """Whether nothing is known against the attack on the model; one that failed is no success."""
+        return self.record is None or took(self.record)
 
     def rate(self, name: str, when: str = "after") -> float:
         """Return a rate in per cent; NaN where there is none."""

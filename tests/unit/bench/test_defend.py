@@ -77,6 +77,10 @@ def test_a_refusal_is_a_record(bench: Bench) -> None:
     record = bench.answer(replace(cell(bench, "clean", "bnp"), clean_images=1))
     assert record["status"] == "refused"
     assert "at least 2" in record["problem"]
+    assert record["attack"] is None
+    refused = bench.answer(replace(cell(bench, "badnets", "bnp"), clean_images=1))
+    assert (refused["status"], refused["attack"]) == ("refused", "badnets")
+    assert refused["trained"]["valid"] in (True, False)
 
 
 def test_finished_cells_are_not_answered_again(bench: Bench, tmp_path: Path) -> None:
