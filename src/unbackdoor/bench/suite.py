@@ -91,6 +91,7 @@ class Suite(_Strict):
 
     Args:
         name: Of its file.
+        source: As it was asked for: its name, or the path of its file.
         title: In a line.
         text: What it shows, and what to know about it.
         layout: How its records become tables and figures.
@@ -100,6 +101,7 @@ class Suite(_Strict):
     """
 
     name: str
+    source: str
     title: str
     text: str
     layout: str
@@ -130,7 +132,7 @@ def read_suite(name: str) -> Suite:
             f"unknown suite {name!r}; known are {', '.join(suite_names())}, or give the path of a .toml file."
         )
     try:
-        return Suite.model_validate({"name": Path(name).stem, **tomllib.loads(text)})
+        return Suite.model_validate({"name": Path(name).stem, **tomllib.loads(text), "source": name})
     except tomllib.TOMLDecodeError as error:
         raise InvalidInputError(f"{source} is no TOML file ({error}).") from error
     except ValidationError as error:
@@ -267,6 +269,11 @@ class Plan:
         missing = [name for name in self.jobs if name not in self.entries()]
         return {
             "suite": self.suite.name,
+            "given": {
+                "suite": self.suite.source,
+                "zoo": str(self.places.zoo),
+                "models": str(self.places.models),
+            },
             "title": self.suite.title,
             "text": self.suite.text,
             "layout": self.suite.layout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from unbackdoor.catalogue import dashed
 from unbackdoor.errors import InvalidInputError
 
 PLAN, RECORDS = "plan.json", "records.jsonl"
+USUAL = {"zoo": "zoo", "models": "runs/models"}
+"""Where models are if nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,15 @@ class Run:
     @property
     def command(self) -> str:
         """What makes the records again."""
-        data = str(self.plan["data"])
-        given = "" if data == "digits" else f" --data {data.upper()}_FOLDER"
-        return f"unbackdoor bench {self.plan['suite']} --size {self.plan['size']}{given}"
+        given, data = self.plan["given"], str(self.plan["data"])
+        words = ["unbackdoor", "bench", given["suite"], "--size", self.plan["size"]]
+        for name, usual in USUAL.items():
+            words += [] if given[name] == usual else [f"--{name}", given[name]]
+        return shlex.join(words) + ("" if data == "digits" else f" --data {data.upper()}_FOLDER")
 
     def command_for(self, answer: Answer) -> str:
         """What answers one question again."""
-        return f"{self.command} --only '{self.plan['cells'][answer.key]['label']}'"
+        return f"{self.command} --only {shlex.quote(self.plan['cells'][answer.key]['label'])}"
 
 
 def read_run(folder: Path) -> Run:

@@ -79,7 +79,8 @@ def write(folder: Path, layout: str, records: list[tuple[str, dict[str, Any]]], 
         if record["status"] != "missing":
             store.add({"key": key, **record})
     content = {
-        "suite": "mine", "title": "A made-up run", "text": "For tests.", "layout": layout, "data": "cifar10",
+        "suite": "mine", "given": {"suite": "mine", "zoo": "zoo", "models": "runs/models"},
+        "title": "A made-up run", "text": "For tests.", "layout": layout, "data": "cifar10",
         "size": "cpu", "size_text": "Small.", "missing_models": [],
         "commands": {"badnets": "unbackdoor attack"}, "cells": cells, **plan,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,17 @@ def test_the_grid_sets_the_papers_values_below_and_averages_infected_models_only
     assert grid.command == "unbackdoor bench mine --size cpu --data CIFAR10_FOLDER"
     assert next(iter(rows(summary))) == ("mnp",)
     assert rows(summary)["mnp",][1] == "1.75"
+
+
+def test_the_command_that_repeats_a_run_says_what_was_given(tmp_path: Path) -> None:
+    given = {"suite": "my suites/mine.toml", "zoo": "other", "models": "elsewhere/models"}
+    make_run(tmp_path)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "given": given, "data": "digits"}))
+    run = read_run(tmp_path)
+    command = "unbackdoor bench 'my suites/mine.toml' --size cpu --zoo other --models elsewhere/models"
+    assert run.command == command
+    assert run.command_for(run.answers[0]) == f"{command} --only 'badnets mnp seed 0'"
 
 
 def test_draws_are_averaged_and_what_is_missing_is_said(tmp_path: Path) -> None:
