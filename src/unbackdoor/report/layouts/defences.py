@@ -94,8 +94,9 @@ def effect_table(
     ]
     marks = []
     for i, place in enumerate(places):
-        entries = [f[1][i] for f in found]
-        marks.append(mark_lowest(entries) if all(a.took for a in by_place[place]) else entries)
+        column_entries = [f[1][i] for f in found]
+        took = all(a.took for a in by_place[place])
+        marks.append(mark_lowest(column_entries) if took else column_entries)
     best = zip(*marks, strict=True)
     for (label, _, price), entries in zip(found, best, strict=True):
         rows.append((text(label), *entries, *price))
