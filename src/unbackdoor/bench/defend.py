@@ -18,6 +18,7 @@ from unbackdoor.bench.detecting import detect
 from unbackdoor.bench.executors import Inline
 from unbackdoor.bench.executors.base import Task
 from unbackdoor.bench.methods import configured
+from unbackdoor.bench.oracle import oracle_curve
 from unbackdoor.bench.recording import notes, series
 from unbackdoor.bench.records import Question, answered
 from unbackdoor.bench.runner import Tally, Watcher, drive
@@ -107,6 +108,8 @@ class Bench:
             "series": series(purified.diagnostics),
             "cost": cost.describe(),
         }
+        if cell.oracle and infected and purified.mask is not None and purified.scores:
+            result["oracle_curve"] = oracle_curve(suspect.model, purified.scores, infected, test)
         if cell.reactivate and infected:
             rates = reactivation(
                 purified.model,

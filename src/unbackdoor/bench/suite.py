@@ -52,6 +52,7 @@ class Grid(_Strict):
         clean_images: Clean images that a method gets.
         seeds: Instead of those of the size.
         reactivate: Whether to look for backdoors that are only asleep.
+        oracle: Whether pruning methods get their oracle curves, which use the trigger.
         samples: Training images shown to detectors of training sets; 0 for all.
         sizes: Only in these; empty for all.
     """
@@ -66,6 +67,7 @@ class Grid(_Strict):
     clean_images: tuple[int, ...] = (500,)
     seeds: tuple[int, ...] = ()
     reactivate: bool = False
+    oracle: bool = False
     samples: int = 0
     sizes: tuple[str, ...] = ()
 
@@ -261,6 +263,7 @@ class Plan:
                                 seed=seed,
                                 test_images=size.test_images,
                                 reactivate=grid.reactivate,
+                                oracle=grid.oracle,
                                 samples=grid.samples,
                             )
 

@@ -164,9 +164,22 @@ def _details(run: Run, answer: Answer) -> dict[str, Any]:
         "trained": record.get("trained", {}),
         "log": list(record.get("log", [])),
         "series": record.get("series", {}),
+        "oracle": _oracle(record.get("oracle_curve", [])),
         "circumstances": {name: record[name] for name in CIRCUMSTANCES if name in record},
         "cell": {name: value for name, value in answer.cell.items() if name not in ("settings", "options")},
     }  # fmt: skip
+
+
+def _oracle(curve: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Return CA and ASR in per cent over the number of pruned filters."""
+    counts = ", ".join(str(step["removed"]) for step in curve)
+    return {
+        f"{title} (%) without {counts} filters": [
+            None if step[name]["value"] is None else round(100 * step[name]["value"], 2) for step in curve
+        ]
+        for title, name in (("CA", "clean_accuracy"), ("ASR", "attack_success"))
+        if curve
+    }
 
 
 def _percent(rate: dict[str, Any]) -> str:
