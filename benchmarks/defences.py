@@ -45,6 +45,9 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=0)
     parser.add_argument("--paper", action="store_true")
     parser.add_argument("--reactivate", action="store_true")
+    parser.add_argument(
+        "--oracle", action="store_true", help="record CA and ASR over pruned filters; uses the trigger"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--tables", action="store_true", help="compute nothing, print the tables")
     options = parser.parse_args()
@@ -74,6 +77,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
             seed=seed,
             test_images=options.test_images,
             reactivate=options.reactivate,
+            oracle=options.oracle,
         )
         for seed in options.seeds
         for method in options.methods

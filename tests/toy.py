@@ -34,6 +34,7 @@ class Square:
     seconds: float = 0.0
     deadly: tuple[int, ...] = ()
     once: tuple[int, ...] = ()
+    broken: tuple[int, ...] = ()
 
     def __call__(self, task: Number) -> dict[str, Any]:
         mark = self.folder / f"{task.value}-{os.getpid()}-{time.monotonic_ns()}"
@@ -41,6 +42,8 @@ class Square:
         tries = len(list(self.folder.glob(f"{task.value}-*")))
         if task.value in self.deadly or (task.value in self.once and tries == 1):
             os.kill(os.getpid(), signal.SIGKILL)
+        if task.value in self.broken:
+            raise KeyError(f"broken at {task.value}")
         time.sleep(self.seconds)
         status = "refused" if task.value % 7 == 6 else "failed" if task.value % 7 == 5 else "ok"
         return {

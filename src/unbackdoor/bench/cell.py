@@ -16,7 +16,7 @@ VERSION = 1
 USUAL_IMAGES = 500
 """Clean images that labels don't mention."""
 
-LATER: dict[str, Any] = {"task": "purify", "samples": 0, "method_version": 1}
+LATER: dict[str, Any] = {"task": "purify", "samples": 0, "method_version": 1, "oracle": False}
 """Fields that came after the first records, with what those meant: equal questions keep their keys."""
 
 
@@ -39,6 +39,7 @@ class Cell:
         task: ``purify``; ``detect``; or ``ablate``, which removes every filter in turn.
         samples: Images of the suspect training set that a detector of training sets gets; 0 for all.
         method_version: Of the method's code, raised when its results change.
+        oracle: Whether CA and ASR over the number of pruned filters are measured as well (``bench.oracle``).
     """
 
     model: str
@@ -55,6 +56,7 @@ class Cell:
     task: Task = "purify"
     samples: int = 0
     method_version: int = 1
+    oracle: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Return JSON values; fields that came later are left out where they say what was meant before."""

@@ -18,6 +18,7 @@ from unbackdoor.bench.detecting import detect
 from unbackdoor.bench.executors import Inline
 from unbackdoor.bench.executors.base import Task
 from unbackdoor.bench.methods import configured
+from unbackdoor.bench.oracle import oracle_curve
 from unbackdoor.bench.recording import notes, series
 from unbackdoor.bench.records import Question, answered
 from unbackdoor.bench.runner import Tally, Watcher, drive
@@ -64,8 +65,14 @@ class Bench:
         Args:
             cell: The question.
             progress: Called during the work.
+
+        Raises:
+            InvalidInputError: If there is no such model.
         """
-        return answered(cell, lambda log: self._measure(cell, log), progress=progress, device=self.device)
+        entry = self.entry(cell.model)
+        return _history(entry) | answered(
+            cell, lambda log: self._measure(cell, entry, log), progress=progress, device=self.device
+        )
 
     def entry(self, name: str) -> zoo.Entry:
         """Return a model.
@@ -78,13 +85,12 @@ class Bench:
                 return zoo.entry_at(home / name)
         return zoo.entry_named(self.homes[0], name)
 
-    def _measure(self, cell: Cell, progress: Progress) -> dict[str, Any]:
-        entry = self.entry(cell.model)
+    def _measure(self, cell: Cell, entry: zoo.Entry, progress: Progress) -> dict[str, Any]:
         infected = None if entry.is_clean else zoo.load_infected(entry)
         model = (infected.model if infected else zoo.load_network(entry)).to(self.device)
-        suspect = Suspect(model, infected, _history(entry))
+        suspect = Suspect(model, infected)
         answers = {"purify": self._purify, "detect": self._detect, "ablate": self._ablate}
-        return {**suspect.history, **answers[cell.task](cell, suspect, progress)}
+        return answers[cell.task](cell, suspect, progress)
 
     def _purify(self, cell: Cell, suspect: Suspect, progress: Progress) -> dict[str, Any]:
         method = configured("purify", cell.method, cell.paper, cell.options)
@@ -102,6 +108,8 @@ class Bench:
             "series": series(purified.diagnostics),
             "cost": cost.describe(),
         }
+        if cell.oracle and infected and purified.mask is not None and purified.scores:
+            result["oracle_curve"] = oracle_curve(suspect.model, purified.scores, infected, test)
         if cell.reactivate and infected:
             rates = reactivation(
                 purified.model,
@@ -141,15 +149,14 @@ class Suspect:
     Args:
         model: The network.
         infected: Trigger, plan and label rule; None for a clean model.
-        history: What its card says of how it was made.
     """
 
     model: nn.Module
     infected: Infected | None
-    history: Mapping[str, Any]
 
 
 def _history(entry: zoo.Entry) -> dict[str, Any]:
+    """Return what a model's card says of how it was made."""
     card = entry.card
     job = card.get("job", {})
     trained = {key: job[key] for key in ("arch", "width", "epochs") if key in job}

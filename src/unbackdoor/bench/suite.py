@@ -52,6 +52,7 @@ class Grid(_Strict):
         clean_images: Clean images that a method gets.
         seeds: Instead of those of the size.
         reactivate: Whether to look for backdoors that are only asleep.
+        oracle: Whether pruning methods get their oracle curves, which use the trigger.
         samples: Training images shown to detectors of training sets; 0 for all.
         sizes: Only in these; empty for all.
     """
@@ -66,6 +67,7 @@ class Grid(_Strict):
     clean_images: tuple[int, ...] = (500,)
     seeds: tuple[int, ...] = ()
     reactivate: bool = False
+    oracle: bool = False
     samples: int = 0
     sizes: tuple[str, ...] = ()
 
@@ -91,6 +93,7 @@ class Suite(_Strict):
 
     Args:
         name: Of its file.
+        source: As it was asked for: its name, or the path of its file.
         title: In a line.
         text: What it shows, and what to know about it.
         layout: How its records become tables and figures.
@@ -100,6 +103,7 @@ class Suite(_Strict):
     """
 
     name: str
+    source: str
     title: str
     text: str
     layout: str
@@ -130,7 +134,7 @@ def read_suite(name: str) -> Suite:
             f"unknown suite {name!r}; known are {', '.join(suite_names())}, or give the path of a .toml file."
         )
     try:
-        return Suite.model_validate({"name": Path(name).stem, **tomllib.loads(text)})
+        return Suite.model_validate({"name": Path(name).stem, **tomllib.loads(text), "source": name})
     except tomllib.TOMLDecodeError as error:
         raise InvalidInputError(f"{source} is no TOML file ({error}).") from error
     except ValidationError as error:
@@ -225,16 +229,20 @@ class Plan:
         there = self.entries()
         return [Training(job) for name, job in self.jobs.items() if name not in there]
 
-    def cells(self) -> dict[str, tuple[str, Cell]]:
-        """Return the cells of all models that are there, with their parts, by key, seed by seed."""
+    def cells(self) -> dict[str, tuple[tuple[str, ...], Cell]]:
+        """Return the cells of all models that are there, with their parts, by key, seed by seed.
+
+        A cell that several grids ask for is one question, and belongs to the parts of all of them.
+        """
         there = self.entries()
         size = self.suite.sizes[self.size]
-        found: dict[str, tuple[str, Cell]] = {}
+        found: dict[str, tuple[tuple[str, ...], Cell]] = {}
         for seed in dict.fromkeys([*size.seeds, *(seed for grid in self.grids for seed in grid.seeds)]):
             for grid in self.grids:
                 if seed in (grid.seeds or size.seeds):
                     for cell in self._cells(grid, seed, there):
-                        found.setdefault(cell.key, (grid.part, cell))
+                        parts, _ = found.get(cell.key, ((), cell))
+                        found[cell.key] = tuple(dict.fromkeys((*parts, grid.part))), cell
         return found
 
     def _cells(self, grid: Grid, seed: int, there: Mapping[str, Entry]) -> Iterator[Cell]:
@@ -255,6 +263,7 @@ class Plan:
                                 seed=seed,
                                 test_images=size.test_images,
                                 reactivate=grid.reactivate,
+                                oracle=grid.oracle,
                                 samples=grid.samples,
                             )
 
@@ -263,6 +272,11 @@ class Plan:
         missing = [name for name in self.jobs if name not in self.entries()]
         return {
             "suite": self.suite.name,
+            "given": {
+                "suite": self.suite.source,
+                "zoo": str(self.places.zoo),
+                "models": str(self.places.models),
+            },
             "title": self.suite.title,
             "text": self.suite.text,
             "layout": self.suite.layout,
@@ -272,8 +286,8 @@ class Plan:
             "missing_models": missing,
             "commands": {name: job.command() for name, job in self.jobs.items()},
             "cells": {
-                key: {"part": part, "label": cell.label, "cell": cell.describe()}
-                for key, (part, cell) in self.cells().items()
+                key: {"parts": list(parts), "label": cell.label, "cell": cell.describe()}
+                for key, (parts, cell) in self.cells().items()
             },
         }
 

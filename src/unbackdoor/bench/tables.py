@@ -19,7 +19,7 @@ class Summary:
 
     Args:
         method: Its label.
-        models: Infected models measured.
+        models: Infected models measured whose attack took; rates and rank are over these.
         accuracy_lost: Mean loss of clean accuracy on infected models.
         accuracy_lost_clean: The same on clean models: what the defence costs where there was nothing to do.
         success: Mean ASR left, each model with the mean over its seeds.
@@ -29,6 +29,7 @@ class Summary:
         seconds: Median wall time.
         passes: Median image passes, forward and backward.
         refused: Records without a result.
+        invalid: Infected models that were left out, since their attack did not take.
     """
 
     method: str
@@ -42,6 +43,7 @@ class Summary:
     seconds: float
     passes: float
     refused: int
+    invalid: int
 
 
 def label_of(record: Record) -> str:
@@ -51,6 +53,11 @@ def label_of(record: Record) -> str:
     return (
         dashed(cell["method"]) + (" (paper)" if cell["paper"] else "") + (f" [{options}]" if options else "")
     )
+
+
+def took(record: Record) -> bool:
+    """Whether nothing is known against the attack on a record's model; one that failed is no success."""
+    return record.get("trained", {}).get("valid") is not False
 
 
 def mean_of(records: Iterable[Record], rate: str, when: str = "after") -> float:
@@ -69,7 +76,7 @@ def summaries(records: Sequence[Record]) -> list[Summary]:
 
 def _summary(method: str, records: Sequence[Record], rank: float) -> Summary:
     done = [r for r in records if r["status"] == "ok"]
-    infected = [r for r in done if r["attack"] is not None]
+    infected = [r for r in done if r["attack"] is not None and took(r)]
     success = list(_per_model(infected, "attack_success").values())
     return Summary(
         method=method,
@@ -83,6 +90,7 @@ def _summary(method: str, records: Sequence[Record], rank: float) -> Summary:
         seconds=_median([r["cost"]["seconds"] for r in done]),
         passes=_median([r["cost"]["forward_images"] + r["cost"]["backward_images"] for r in done]),
         refused=len(records) - len(done),
+        invalid=len({r["cell"]["model"] for r in done if not took(r)}),
     )
 
 
@@ -109,7 +117,9 @@ def _median(values: Sequence[float]) -> float:
 
 def _ranks(by_method: dict[str, list[Record]]) -> dict[str, float]:
     success = {
-        method: _per_model([r for r in records if r["status"] == "ok" and r["attack"]], "attack_success")
+        method: _per_model(
+            [r for r in records if r["status"] == "ok" and r["attack"] and took(r)], "attack_success"
+        )
         for method, records in by_method.items()
     }
     places: dict[str, list[float]] = {method: [] for method in by_method}
@@ -136,6 +146,7 @@ def summary_table(records: Sequence[Record]) -> str:
         "seconds": lambda s: f"{s.seconds:.1f}",
         "passes (1000 images)": lambda s: f"{s.passes / 1000:.0f}",
         "refused": lambda s: str(s.refused),
+        "attack did not take": lambda s: str(s.invalid),
     }
     rows = sorted(summaries(records), key=lambda s: (math.isnan(s.success), s.success))
     return markdown(list(columns), [[show(row) for show in columns.values()] for row in rows])
@@ -155,7 +166,8 @@ def model_table(records: Sequence[Record], methods: Sequence[str] = ()) -> str:
         here = [r for r in records if r["cell"]["model"] == model and r["status"] == "ok"]
         groups = [[r for r in here if label_of(r) == method] for method in chosen]
         lowest = min((mean_of(group, "attack_success") for group in groups if group), default=math.nan)
-        rows.append([model, _rates_of(here, "before"), *(_rates_of(g, "after", lowest) for g in groups)])
+        name = model if all(map(took, here)) else f"{model} (attack did not take)"
+        rows.append([name, _rates_of(here, "before"), *(_rates_of(g, "after", lowest) for g in groups)])
     return markdown(["model", "undefended", *chosen], rows)
 
 

@@ -88,7 +88,7 @@ def render(run: Run, tables: Sequence[Table], figures: Sequence[Drawing]) -> str
         tables=tables,
         figures=[(figure, Markup(figure.inline())) for figure in figures],  # noqa: S704 - ours, escaped
         rows=[_row(answer) for answer in run.answers],
-        choices=_choices(run.answers),
+        choices=_choices(run),
         details=Markup(_embedded({answer.key: _details(run, answer) for answer in run.answers})),  # noqa: S704
         trainings=run.trainings,
         circumstances=_circumstances(run.answers),
@@ -112,7 +112,7 @@ def _row(answer: Answer) -> dict[str, Any]:
     }
     return {
         "key": answer.key,
-        "part": answer.part,
+        "parts": answer.parts,
         "model": answer.model,
         "method": dashed(answer.method),
         "settings": answer.variant,
@@ -127,11 +127,12 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _choices(answers: Sequence[Answer]) -> dict[str, list[str]]:
+def _choices(run: Run) -> dict[str, list[str]]:
     """Return the values that the list can be filtered by."""
-    rows = [_row(answer) for answer in answers]
+    rows = [_row(answer) for answer in run.answers]
     return {
-        name: list(dict.fromkeys(row[name] for row in rows)) for name in ("part", "model", "method", "status")
+        "part": run.parts(),
+        **{name: list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "method", "status")},
     }
 
 
@@ -163,9 +164,22 @@ def _details(run: Run, answer: Answer) -> dict[str, Any]:
         "trained": record.get("trained", {}),
         "log": list(record.get("log", [])),
         "series": record.get("series", {}),
+        "oracle": _oracle(record.get("oracle_curve", [])),
         "circumstances": {name: record[name] for name in CIRCUMSTANCES if name in record},
         "cell": {name: value for name, value in answer.cell.items() if name not in ("settings", "options")},
     }  # fmt: skip
+
+
+def _oracle(curve: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Return CA and ASR in per cent over the number of pruned filters."""
+    counts = ", ".join(str(step["removed"]) for step in curve)
+    return {
+        f"{title} (%) without {counts} filters": [
+            None if step[name]["value"] is None else round(100 * step[name]["value"], 2) for step in curve
+        ]
+        for title, name in (("CA", "clean_accuracy"), ("ASR", "attack_success"))
+        if curve
+    }
 
 
 def _percent(rate: dict[str, Any]) -> str:

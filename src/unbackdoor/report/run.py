@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unbackdoor.bench.store import Record, Store
+from unbackdoor.bench.tables import took
 from unbackdoor.catalogue import dashed
 from unbackdoor.errors import InvalidInputError
 
 PLAN, RECORDS = "plan.json", "records.jsonl"
+USUAL = {"zoo": "zoo", "models": "runs/models"}
+"""Where models are if nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +25,13 @@ class Answer:
 
     Args:
         key: Of the cell.
-        part: The part of the suite that it belongs to.
+        parts: The parts of the suite that it belongs to.
         cell: What was asked.
         record: The answer, or None yet.
     """
 
     key: str
-    part: str
+    parts: tuple[str, ...]
     cell: Mapping[str, Any]
     record: Record | None
 
@@ -77,6 +81,11 @@ class Answer:
         """The attack that the model was infected by, None for a clean one or an unanswered question."""
         return None if self.record is None else self.record.get("attack")
 
+    @property
+    def took(self) -> bool:
+        """Whether nothing is known against the attack on the model; one that failed is no success."""
+        return self.record is None or took(self.record)
+
     def rate(self, name: str, when: str = "after") -> float:
         """Return a rate in per cent; NaN where there is none."""
         value = (self.record or {}).get(when, {}).get(name, {}).get("value")
@@ -106,11 +115,11 @@ class Run:
 
     def of(self, part: str) -> list[Answer]:
         """Return the answers of a part."""
-        return [answer for answer in self.answers if answer.part == part]
+        return [answer for answer in self.answers if part in answer.parts]
 
     def parts(self) -> list[str]:
         """Return the parts in their order."""
-        return list(dict.fromkeys(answer.part for answer in self.answers))
+        return list(dict.fromkeys(part for answer in self.answers for part in answer.parts))
 
     def count(self, status: str) -> int:
         """Return how many questions have a status."""
@@ -119,13 +128,15 @@ class Run:
     @property
     def command(self) -> str:
         """What makes the records again."""
-        data = str(self.plan["data"])
-        given = "" if data == "digits" else f" --data {data.upper()}_FOLDER"
-        return f"unbackdoor bench {self.plan['suite']} --size {self.plan['size']}{given}"
+        given, data = self.plan["given"], str(self.plan["data"])
+        words = ["unbackdoor", "bench", given["suite"], "--size", self.plan["size"]]
+        for name, usual in USUAL.items():
+            words += [] if given[name] == usual else [f"--{name}", given[name]]
+        return shlex.join(words) + ("" if data == "digits" else f" --data {data.upper()}_FOLDER")
 
     def command_for(self, answer: Answer) -> str:
         """What answers one question again."""
-        return f"{self.command} --only '{self.plan['cells'][answer.key]['label']}'"
+        return f"{self.command} --only {shlex.quote(self.plan['cells'][answer.key]['label'])}"
 
 
 def read_run(folder: Path) -> Run:
@@ -137,14 +148,16 @@ def read_run(folder: Path) -> Run:
     path = folder / PLAN
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
-        cells = {str(key): (str(value["part"]), value["cell"]) for key, value in plan["cells"].items()}
+        cells = {
+            str(key): (tuple(map(str, value["parts"])), value["cell"]) for key, value in plan["cells"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInputError(
             f"{path} cannot be read as the plan of a run ({error}); give the folder that "
             "`unbackdoor bench --out` wrote."
         ) from error
     records = Store(folder / RECORDS).records()
-    answers = [Answer(key, part, cell, records.get(key)) for key, (part, cell) in cells.items()]
+    answers = [Answer(key, parts, cell, records.get(key)) for key, (parts, cell) in cells.items()]
     trainings = [record for record in records.values() if record.get("kind") == "training"]
     return Run(plan, tuple(answers), tuple(trainings))
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from unbackdoor.bench.saliency import triggered
 from unbackdoor.bench.store import Record, Store
 from unbackdoor.data.splits import draw_balanced
 from unbackdoor.errors import InvalidInputError
-from unbackdoor.filters import find_filters
+from unbackdoor.evaluate import clean_accuracy
+from unbackdoor.filters import FilterMask, find_filters
 from unbackdoor.filters.saliency import clean_loss, exact_saliency
+from unbackdoor.filters.select import order
 from unbackdoor.models import build
 from unbackdoor.purify import CLP
 from unbackdoor.testing.subjects import small_data
@@ -77,6 +80,10 @@ def test_a_refusal_is_a_record(bench: Bench) -> None:
     record = bench.answer(replace(cell(bench, "clean", "bnp"), clean_images=1))
     assert record["status"] == "refused"
     assert "at least 2" in record["problem"]
+    assert record["attack"] is None
+    refused = bench.answer(replace(cell(bench, "badnets", "bnp"), clean_images=1))
+    assert (refused["status"], refused["attack"]) == ("refused", "badnets")
+    assert refused["trained"]["valid"] in (True, False)
 
 
 def test_finished_cells_are_not_answered_again(bench: Bench, tmp_path: Path) -> None:
@@ -97,8 +104,9 @@ def test_finished_cells_are_not_answered_again(bench: Bench, tmp_path: Path) -> 
 
 def test_old_questions_keep_their_keys_and_new_ones_have_others(bench: Bench) -> None:
     one = cell(bench, "badnets", "clp")
-    assert not {"task", "samples", "method_version"} & set(one.describe())
-    assert len({one.key, replace(one, method_version=2).key, replace(one, samples=5).key}) == 3
+    assert not {"task", "samples", "method_version", "oracle"} & set(one.describe())
+    changes: list[dict[str, Any]] = [{}, {"method_version": 2}, {"samples": 5}, {"oracle": True}]
+    assert len({replace(one, **change).key for change in changes}) == 4
     assert one.label == "badnets clp 32 images seed 0"
     assert replace(one, paper=True, options={"u": "2"}).label == "badnets clp (paper, u=2) 32 images seed 0"
 
@@ -115,6 +123,22 @@ def test_a_record_has_a_log_the_courses_and_how_the_model_was_made(bench: Bench)
         {"walk": [{"layer": "a", "filter": 3, "loss": 0.123456}, {"layer": "b", "loss": None}]}
     ) == {"walk.loss": [0.1235, None]}
     assert len(series({"long": list(range(1000))})["long"]) == 200
+
+
+def test_the_oracle_curve_prunes_the_model_in_the_order_of_the_scores(bench: Bench) -> None:
+    record = bench.answer(replace(cell(bench, "badnets", "clp"), oracle=True, reactivate=False))
+    curve = record["oracle_curve"]
+    assert [step["removed"] for step in curve] == [0, 1, 2, 5, 10, 20, 30, 50, 100]
+    assert {name: curve[0][name] for name in record["before"]} == record["before"]
+    infected = zoo.load_infected(bench.entry("badnets"))
+    found = find_filters(infected.model, TEST.images[:1].float())
+    scores = CLP().purify(infected.model, draw_balanced(TRAIN, 32, rng.generator(0)),
+                          generator=rng.generator(0)).scores  # fmt: skip
+    five = FilterMask.full(found).without(order(scores)[:5]).apply(infected.model, found)
+    assert curve[3]["clean_accuracy"] == clean_accuracy(five, TEST).describe()
+    assert "oracle_curve" not in bench.answer(cell(bench, "badnets", "clp"))
+    for other in (cell(bench, "clean", "clp"), cell(bench, "badnets", "ft", **{"recipe.epochs": "1"})):
+        assert "oracle_curve" not in bench.answer(replace(other, oracle=True, reactivate=False))
 
 
 def test_a_bug_in_a_method_is_a_record(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

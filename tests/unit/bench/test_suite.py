@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from unbackdoor.bench.methods import METHODS, configured
 from unbackdoor.bench.spec import jobs
 from unbackdoor.bench.suite import Places, Plan, _folder, _spec, matching, read_suite, suite_names, variants
 from unbackdoor.bench.training import _configured
@@ -76,12 +77,17 @@ def test_every_suite_names_models_methods_and_options_that_exist(name: str) -> N
         plan = Plan.of(suite, size, PLACES, "data")
         assert plan.jobs
         for grid in plan.grids:
-            from unbackdoor.bench.methods import METHODS, configured
-
             for method in matching(grid.methods, METHODS[grid.task], name):
                 for options in variants(grid, method):
                     configured(grid.task, method, grid.paper, options)
         assert set(suite.sizes) == {"cpu"} or set(suite.sizes) == {"cpu", "paper"}
+
+
+@pytest.mark.parametrize(("name", "part"), [("ablations", "objectives"), ("fig4", "ours")])
+def test_what_varies_suppression_is_asked_where_nothing_else_can_settle_it(name: str, part: str) -> None:
+    (grid,) = [grid for grid in read_suite(name).grid if grid.part == part]
+    methods = [configured(grid.task, "mnp", grid.paper, options) for options in grid.options]
+    assert {method.exposures for method in methods} == {("suppression",)}
 
 
 def test_every_list_of_models_can_be_trained() -> None:
@@ -98,17 +104,39 @@ def test_cells_are_the_products_of_the_grids_seed_by_seed(suite: Path) -> None:
     plan = Plan.of(read_suite(str(suite)), "small", PLACES, "data")
     assert list(plan.jobs) == ["clean", "badnets"]
     assert plan.trainings() == []
-    cells = [(part, cell) for part, cell in plan.cells().values()]
-    one = [cell for part, cell in cells if part == "one"]
+    cells = list(plan.cells().values())
+    one = [cell for parts, cell in cells if "one" in parts]
     assert len(one) == 2 * 2 * 2 * 2
     assert [cell.seed for cell in one] == [0] * 8 + [1] * 8
-    scaled = [cell for part, cell in cells if part == "scaled"]
+    scaled = [cell for parts, cell in cells if "scaled" in parts]
     assert [dict(cell.options) for cell in scaled] == [
         {}, {"outer_rate": "0.0005"}, {"outer_rate": "0.002"}, {"rounds": "2"}, {"rounds": "10"}
     ]  # fmt: skip
     assert {cell.seed for cell in scaled} == {1}
-    assert not [cell for part, cell in cells if part == "again"], "an equal question is asked once"
+    again = [(parts, cell) for parts, cell in cells if "again" in parts]
+    assert [parts for parts, _ in again] == [("one", "again")] * 2, "an equal question is asked once"
+    assert len(cells) == len(one) + len(scaled)
     assert json.loads(json.dumps(plan.describe()))["missing_models"] == []
+
+
+def test_each_part_of_a_suite_has_the_default_cells_that_it_shares_with_others() -> None:
+    ten = {"ft", "fp", "anp", "clp", "rnp", "nc", "i_bau", "ft_sam", "fst", "mnp"}
+    cells = list(Plan.of(read_suite("sok"), "cpu", PLACES, "data").cells().values())
+    usual = {
+        part: {(c.model, c.method) for parts, c in cells if part in parts and not c.options}
+        for part in ("architectures", "options")
+    }
+    usual["clean images"] = {
+        (c.model, c.method) for parts, c in cells if "clean images" in parts and c.clean_images == 500
+    }
+    for part, models in (
+        ("architectures", {"badnets", "blend", "clean"}),
+        ("clean images", {"badnets", "blend", "wanet", "clean"}),
+        ("options", {"badnets", "blend", "wanet"}),
+    ):
+        assert {(model, method) for model in models for method in ten} <= usual[part], part
+    low = {c.method for parts, c in cells if "low rates" in parts and c.model == "badnets-0.5pct"}
+    assert low > ten
 
 
 def test_models_that_are_not_there_are_trained_clean_twins_first(suite: Path, tmp_path: Path) -> None:

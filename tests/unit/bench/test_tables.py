@@ -51,6 +51,16 @@ def test_summaries_average_seeds_first_and_models_then() -> None:
     assert sam.passes == 1000
 
 
+def test_attacks_that_did_not_take_are_counted_and_left_out() -> None:
+    weak = record("weak", "ft_sam", 0.5, 0.0) | {"trained": {"valid": False}}
+    before, after = summaries(RECORDS)[0], summaries([*RECORDS, weak])[0]
+    assert (before.invalid, after.invalid) == (0, 1)
+    assert (after.models, after.success, after.rank, after.accuracy_lost) == (
+        before.models, before.success, before.rank, before.accuracy_lost
+    )  # fmt: skip
+    assert "| weak (attack did not take) |" in model_table([*RECORDS, weak])
+
+
 def test_ties_share_a_place() -> None:
     tied = summaries([record("a", name, 0.9, 0.1) for name in ("x", "y", "z")])
     assert [row.rank for row in tied] == [2, 2, 2]

@@ -74,6 +74,8 @@ def test_a_suite_trains_what_is_missing_answers_and_goes_on_where_it_was(
     shown = run("tables", out)
     assert shown.code == 0
     assert "| clean | measured |" in shown.out
+    again = f"unbackdoor bench {suite} --size cpu --models {tmp_path / 'runs' / 'models'}\n"
+    assert again in shown.out
     assert (out / "index.html").exists()
     assert (out / "tables" / "defences.tex").exists()
     assert run("tables", out, "--format", "csv", "--out", tmp_path / "elsewhere").out.startswith(

@@ -69,17 +69,18 @@ def detected(
 
 
 def write(folder: Path, layout: str, records: list[tuple[str, dict[str, Any]]], **plan: object) -> None:
-    """Write a run: ``records`` are (part, record); a record with status ``missing`` stays unanswered."""
+    """Write a run: ``records`` are (parts with ``|`` between, record); ``missing`` ones stay unanswered."""
     store, cells = Store(folder / "records.jsonl"), {}
     for number, (part, record) in enumerate(records):
         key = f"k{number}"
         question = record["cell"]
         label = f"{question['model']} {question['method']} seed {question['seed']}"
-        cells[key] = {"part": part, "label": label, "cell": question}
+        cells[key] = {"parts": part.split("|"), "label": label, "cell": question}
         if record["status"] != "missing":
             store.add({"key": key, **record})
     content = {
-        "suite": "mine", "title": "A made-up run", "text": "For tests.", "layout": layout, "data": "cifar10",
+        "suite": "mine", "given": {"suite": "mine", "zoo": "zoo", "models": "runs/models"},
+        "title": "A made-up run", "text": "For tests.", "layout": layout, "data": "cifar10",
         "size": "cpu", "size_text": "Small.", "missing_models": [],
         "commands": {"badnets": "unbackdoor attack"}, "cells": cells, **plan,
     }  # fmt: skip

@@ -11,7 +11,7 @@ from unbackdoor.report.bench_page import render, write_run
 from unbackdoor.report.layouts.suites import figures_of, tables_of
 from unbackdoor.report.run import read_run
 
-from .runs import cell, make_run, purified, write
+from .runs import cell, make_run, purified, rate, write
 
 pytest.importorskip("matplotlib", reason="the extra plots is not installed")
 
@@ -30,6 +30,26 @@ def test_everything_is_written_and_can_be_read(tmp_path: Path) -> None:
     outside = re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page)
     assert outside == []
     assert 'http-equiv="Content-Security-Policy"' in page
+
+
+def test_the_oracle_curve_is_drawn_and_called_one(tmp_path: Path) -> None:
+    steps = [
+        {"removed": count, "clean_accuracy": rate(0.86), "attack_success": rate(asr)}
+        for count, asr in ((0, 1.0), (1, 0.25))
+    ]
+    curved = purified(cell("badnets", "mnp"), ca=0.8, asr=0.1, oracle_curve=steps)
+    write(tmp_path, "table1", [("ours", curved), ("ours", purified(cell("badnets", "ft"), ca=0.8, asr=0.1))])
+    run = read_run(tmp_path)
+    page = render(run, tables_of(run), figures_of(run))
+    data = re.search(r'<script type="application/json" id="details">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    details = json.loads(data[1])
+    assert details["k0"]["oracle"] == {
+        "CA (%) without 0, 1 filters": [86.0, 86.0],
+        "ASR (%) without 0, 1 filters": [100.0, 25.0],
+    }
+    assert details["k1"]["oracle"] == {}
+    assert "oracle (uses the trigger)" in page
 
 
 def test_what_records_say_cannot_become_markup(tmp_path: Path) -> None:

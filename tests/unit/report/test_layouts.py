@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from unbackdoor.bench.suite import Places, Plan, read_suite
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.report.layouts.defences import stability_tables
 from unbackdoor.report.layouts.filters import clouds, rank_correlation
@@ -19,6 +21,7 @@ from unbackdoor.report.tables import Table, shown
 from .runs import cell, detected, make_run, purified, write
 
 Records = list[tuple[str, dict[str, Any]]]
+NOT_VALID = {"valid": False}
 
 
 def run_of(folder: Path, layout: str, records: Records, **plan: object) -> Run:
@@ -67,6 +70,17 @@ def test_the_grid_sets_the_papers_values_below_and_averages_infected_models_only
     assert rows(summary)["mnp",][1] == "1.75"
 
 
+def test_the_command_that_repeats_a_run_says_what_was_given(tmp_path: Path) -> None:
+    given = {"suite": "my suites/mine.toml", "zoo": "other", "models": "elsewhere/models"}
+    make_run(tmp_path)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "given": given, "data": "digits"}))
+    run = read_run(tmp_path)
+    command = "unbackdoor bench 'my suites/mine.toml' --size cpu --zoo other --models elsewhere/models"
+    assert run.command == command
+    assert run.command_for(run.answers[0]) == f"{command} --only 'badnets mnp seed 0'"
+
+
 def test_draws_are_averaged_and_what_is_missing_is_said(tmp_path: Path) -> None:
     records: Records = [
         ("ours", purified(cell("badnets", "mnp", seed=seed), ca=ca, asr=asr))
@@ -104,15 +118,55 @@ def test_detection_counts_misses_targets_and_false_alarms(tmp_path: Path) -> Non
         ("d", detected(cell("badnets", "nc", task="detect", seed=0), attack="badnets", score=0.9)),
         ("d", detected(cell("badnets", "nc", task="detect", seed=1), attack="badnets", score=0.8, target=3)),
         ("d", detected(cell("blend", "nc", task="detect"), attack="blend", score=0.1)),
+        ("d", {"cell": cell("blend", "nc", task="detect", seed=1), "status": "refused", "attack": "blend"}),
         ("d", detected(cell("clean", "nc", task="detect"), attack=None, score=0.7)),
         ("d", detected(cell("clean-2", "nc", task="detect"), attack=None, score=0.2)),
+        ("d", detected(cell("sig", "nc", task="detect"), attack="sig", score=0.9) | {"trained": NOT_VALID}),
     ]
     rates, scores = tables_of(run_of(tmp_path, "table4", records))
     found = rows(rates)
-    assert found["NC", "measured"] == ["100.00", "0.00", "50.00", "50.00", "50.00", "0.00", "1.0"]
-    assert found["NC", "paper"][:3] == ["100.00", "20.50", "51.33"]
-    assert "2 infected and 2 clean models" in rates.notes[0]
+    assert found["NC", "measured"] == [
+        "2/2 [34.2, 100.0]",
+        "0/2 [0.0, 65.8]",
+        "1/1 [20.7, 100.0]",
+        "2/4 [15.0, 85.0]",
+        "50.00",
+        "1/2 [9.5, 90.5]",
+        "14.29",
+        "1.0",
+    ]
+    assert [found["NC", "paper"][place] for place in (0, 1, 3)] == ["100.00", "20.50", "51.33"]
+    assert rates.columns[4].title == "SIG (attack did not take)"
+    assert "3 infected and 2 clean models" in rates.notes[0]
+    assert rates.notes[1].startswith("Models whose attack did not take, in no mean over models")
     assert rows(scores)["BadNets",] == ["0.850 / 0.500"]
+
+
+def test_an_attack_that_did_not_take_is_marked_and_in_no_average(tmp_path: Path) -> None:
+    def three(part: str, **changes: object) -> Records:
+        weak = purified(cell("blend", "mnp", **changes), ca=0.6, asr=0.0)
+        weak["trained"] = {**weak["trained"], "valid": False}
+        return [
+            (part, purified(cell("badnets", "mnp", **changes), ca=0.85, asr=0.1)),
+            (part, weak),
+            (part, purified(cell("clean", "mnp", **changes), ca=0.86, asr=None)),
+        ]
+
+    grid, summary = tables_of(run_of(tmp_path / "grid", "table1", three("ours")))
+    found = rows(grid)
+    assert found["Blend (attack did not take)", "measured"][1] == "60.00 / 0.00"
+    assert found["Average", "measured"][1] == "85.00 / 10.00"
+    assert not any(entry.best for entry in grid.rows[2])
+    assert rows(summary)["mnp",][:3] == ["1", "10.00", "10.00"]
+    note = "Models whose attack did not take, in no mean over models and no detection rate: 1 (blend)."
+    assert note in grid.notes
+    assert note in summary.notes
+    sok = [*three("low rates"), *three("clean images", clean_images=50)]
+    tables = {table.name: table for table in tables_of(run_of(tmp_path / "sok", "sok", sok))}
+    assert tables["low-rates"].columns[2].title == "Blend (attack did not take)"
+    assert rows(tables["clean-images-infected"])["mnp",][0] == "85.00 / 10.00"
+    rates = tables_of(run_of(tmp_path / "rates", "table3", three("ours")[1:2]))[0]
+    assert rows(rates)["BadNets-A2O", "measured"][6:8] == ["86.00 / 100.00", "did not take"]
 
 
 def ablated(model: str) -> dict[str, Any]:
@@ -194,6 +248,22 @@ def test_stability_is_the_mean_absolute_move_from_the_defaults(tmp_path: Path) -
     assert rows(options)["MNP", "a=1"] == ["1.50", "5.00"]
     assert rows(options)["MNP", "a=4"] == ["0.00", "10.00"]
     assert rows(methods)["MNP",][:4] == ["1", "1.00", "6.67", "10.00"]
+
+
+def test_a_planned_suite_has_its_default_answers_in_the_stability_table(tmp_path: Path) -> None:
+    suite = read_suite("sok")
+    grids = [grid.model_copy(update={"methods": ("clp",)}) for grid in suite.grid]
+    places = Places(Path(__file__).parents[3] / "zoo", tmp_path)
+    plan = Plan.of(suite.model_copy(update={"grid": grids}), "cpu", places, "data").describe()
+    cells = plan["cells"]
+    records = [
+        ("|".join(each["parts"]), purified(each["cell"], ca=0.8, asr=0.2 if each["cell"]["options"] else 0.1))
+        for each in cells.values()
+    ]
+    tables = {table.name: table for table in tables_of(run_of(tmp_path, "sok", records))}
+    assert rows(tables["stability"])["CLP",][:4] == ["3", "0.00", "10.00", "10.00"]
+    assert len(tables["stability-options"].rows) == 6
+    assert {"BadNets", "Blend"} <= {column.title for column in tables["architectures"].columns}
 
 
 def test_what_the_review_asks_for_has_its_tables(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Every worker is a process of its own with a pipe to this one. One that dies, of a signal or for want of
 memory, costs the task that it had, and that one is given to another; workers end when this process does,
-however it ends.
+however it ends. What a job raises is a bug and is raised here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -37,7 +38,11 @@ class Pool:
     threads: int = 0
 
     def run(self, job: Job, take: Take) -> Iterator[Outcome]:
-        """Yield each task with its record, as they end."""
+        """Yield each task with its record, as they end.
+
+        Raises:
+            JobError: If a job raised something.
+        """
         variables = self._environment()
         workers: list[_Worker] = []
         tries: dict[str, int] = {}
@@ -88,6 +93,15 @@ def threads_for(slots: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // slots)
 
 
+class JobError(RuntimeError):
+    """A job raised something in its worker, which is a bug; the message ends with that traceback."""
+
+
+@dataclass(frozen=True)
+class _Raised:
+    traceback: str
+
+
 @dataclass(eq=False)
 class _Worker:
     """A worker process as this one sees it."""
@@ -114,14 +128,20 @@ class _Worker:
             self.pipe.send(task)
 
     def ended(self) -> tuple[Task, Record | None]:
-        """Return the task that the worker had with its record, or None if the worker is lost."""
+        """Return the task that the worker had with its record, or None if the worker is lost.
+
+        Raises:
+            JobError: If the job raised something.
+        """
         task, self.task = self.task, None
         assert task is not None
         try:
-            record: Record = self.pipe.recv()
+            answer: Record | _Raised = self.pipe.recv()
         except (EOFError, OSError):
             return task, None
-        return task, record
+        if isinstance(answer, _Raised):
+            raise JobError(f"{task.label} raised in its worker:\n{answer.traceback}")
+        return task, answer
 
     def death(self) -> str:
         self.process.join(5)
@@ -147,7 +167,12 @@ def _work(job: Job, pipe: Connection) -> None:
             task = pipe.recv()
         except (EOFError, OSError):
             return
-        pipe.send(job(task))
+        answer: Record | _Raised
+        try:
+            answer = job(task)
+        except Exception:  # noqa: BLE001 - it is raised again where it ends the run
+            answer = _Raised(traceback.format_exc())
+        pipe.send(answer)
 
 
 def _end_with_parent() -> None:

@@ -12,6 +12,7 @@ from unbackdoor.report.tables import Column, Entry
 
 RATES = ("CA", "ASR")
 NAN = float("nan")
+NOT_TAKEN = " (attack did not take)"
 
 TITLES = {
     "none": "No defence",
@@ -53,6 +54,11 @@ TITLES = {
 def title_of(name: str) -> str:
     """Return what a method or attack is called in tables."""
     return TITLES.get(name, name.replace("_", "-"))
+
+
+def title_of_model(answers: Sequence[Answer]) -> str:
+    """Return what the model of some answers is called, with a mark if its attack did not take."""
+    return title_of(answers[0].model) + ("" if all(a.took for a in answers) else NOT_TAKEN)
 
 
 def mean(values: Iterable[float]) -> float:
@@ -135,10 +141,16 @@ def draws(run: Run) -> str:
 
 
 def share_done(run: Run) -> tuple[str, ...]:
-    """Return a note if the run is not complete."""
+    """Return notes on what is not there, and on models that are and do not count."""
     missing, failed = run.count("missing"), run.count("failed")
     notes = [f"{missing} of {len(run.answers)} questions are not answered yet."] if missing else []
     notes += [f"{failed} questions ended in a failure; their records say why."] if failed else []
     absent = run.plan.get("missing_models", [])
     notes += [f"Models not trained yet: {', '.join(absent)}."] if absent else []
+    weak = list(dict.fromkeys(answer.model for answer in run.answers if not answer.took))
+    if weak:
+        notes.append(
+            f"Models whose attack did not take, in no mean over models and no detection rate: {len(weak)} "
+            f"({', '.join(weak)})."
+        )
     return tuple(notes)

@@ -20,6 +20,7 @@ from unbackdoor.report.layouts.common import (
     share_done,
     text,
     title_of,
+    title_of_model,
 )
 from unbackdoor.report.layouts.grid import WORDS
 from unbackdoor.report.published import paper
@@ -79,7 +80,10 @@ def effect_table(
     def where(answer: Answer) -> object:
         return answer.model if column == "model" else answer.cell[column]
 
-    places = list(dict.fromkeys(where(answer) for answer in answers))
+    answers = answers if column == "model" else [a for a in answers if a.took]
+    by_place = grouped(answers, where)
+    places = list(by_place)
+    titles = [title_of_model(by_place[p]) if column == "model" else str(p) for p in places]
     before = [effect([a for a in answers if where(a) == p and a.ok][:1], "before") for p in places]
     rows: list[tuple[Entry, ...]] = []
     if column == "model":
@@ -88,13 +92,18 @@ def effect_table(
         (label, [effect([a for a in group if where(a) == place]) for place in places], costs(group))
         for label, group in grouped(answers, lambda answer: answer.label).items()
     ]
-    best = zip(*(mark_lowest([f[1][i] for f in found]) for i in range(len(places))), strict=True)
+    marks = []
+    for i, place in enumerate(places):
+        column_entries = [f[1][i] for f in found]
+        took = all(a.took for a in by_place[place])
+        marks.append(mark_lowest(column_entries) if took else column_entries)
+    best = zip(*marks, strict=True)
     for (label, _, price), entries in zip(found, best, strict=True):
         rows.append((text(label), *entries, *price))
     return Table(
         name=name,
         title=f"{title} (CA / ASR)",
-        columns=(Column("method"), *(Column(title_of(str(p)), RATES) for p in places), *COSTS),
+        columns=(Column("method"), *(Column(title, RATES) for title in titles), *COSTS),
         rows=tuple(rows),
         notes=(draws(run), *share_done(run)),
         command=run.command,
@@ -109,7 +118,15 @@ def cost_table(run: Run, answers: Sequence[Answer]) -> Table:
     for label, group in grouped(answers, lambda answer: answer.label).items():
         memory = [float(a.value("cost", "peak_memory_mb") or NAN) for a in group if a.ok]
         theirs = (printed.at(group[0].method, "seconds") or (NAN,))[0]
-        rows.append((text(label), *costs(group), number(mean(memory)), effect(group), number(theirs)))
+        rows.append(
+            (
+                text(label),
+                *costs(group),
+                number(mean(memory)),
+                effect([a for a in group if a.took]),
+                number(theirs),
+            )
+        )
     rows.sort(key=lambda row: row[1].values or (float("inf"),))
     return Table(
         name="costs",
@@ -173,7 +190,7 @@ def stability_tables(run: Run, answers: Sequence[Answer]) -> list[Table]:
     by_option: list[tuple[Entry, ...]] = []
     by_method: list[tuple[Entry, ...]] = []
     for method, group in grouped(answers, lambda answer: answer.method).items():
-        usual = {(a.model, a.cell["seed"]): a for a in group if not a.options and a.ok}
+        usual = {(a.model, a.cell["seed"]): a for a in group if not a.options and a.ok and a.took}
         varied = [a for a in group if a.options and a.ok and (a.model, a.cell["seed"]) in usual]
         moves = {a.key: _moved(a, usual[a.model, a.cell["seed"]]) for a in varied}
         for variant, here in grouped(varied, lambda answer: answer.variant).items():

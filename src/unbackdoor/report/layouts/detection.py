@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from unbackdoor.report.layouts.common import NAN, mean, number, share_done, text, title_of
+from unbackdoor.rates import Rate
+from unbackdoor.report.layouts.common import NAN, mean, number, share_done, text, title_of, title_of_model
 from unbackdoor.report.published import paper
 from unbackdoor.report.run import Answer, Run, grouped
 from unbackdoor.report.tables import Column, Entry, Table
+
+JUDGED = ("ok", "refused")
+"""What counts as an answer: a detector that refuses a model has not found its backdoor."""
 
 
 def detection_tables(run: Run, published: str = "table4") -> list[Table]:
@@ -20,14 +24,15 @@ def _rates(run: Run, answers: Sequence[Answer], published: str) -> Table:
     printed = paper(published) if published else None
     attacks = list(dict.fromkeys(a.model for a in answers if a.attack is not None))
     columns = [Column("detector"), Column("source")]
-    columns += [Column(title_of(attack), ("DR",)) for attack in attacks]
+    by_model = grouped(answers, lambda answer: answer.model)
+    columns += [Column(title_of_model(by_model[attack]), ("DR",)) for attack in attacks]
     columns += [Column("Average", ("DR",)), Column("right target", ("%",)), Column("false alarms", ("FPR",))]
     columns += [Column("abstained", ("%",)), Column("seconds", ("s",), digits=1)]
     rows: list[tuple[Entry, ...]] = []
     for method, group in grouped(answers, lambda answer: answer.method).items():
-        flagged = [_share([a for a in group if a.model == attack]) for attack in attacks]
-        infected = [a for a in group if a.attack is not None and a.ok]
-        clean = [a for a in group if a.attack is None and a.ok]
+        flagged = [_caught([a for a in group if a.model == attack]) for attack in attacks]
+        infected = [a for a in group if a.attack is not None and a.took]
+        clean = [a for a in group if a.attack is None]
         targets = [
             100.0 * (a.value("target_class") == a.value("true_target"))
             for a in infected
@@ -35,16 +40,16 @@ def _rates(run: Run, answers: Sequence[Answer], published: str) -> Table:
             and a.value("target_class") is not None
             and a.value("true_target") is not None
         ]
-        abstained = [100.0 * (a.value("flagged") is None) for a in group if a.ok]
+        abstained = [100.0 * (a.value("flagged") is None) for a in group if a.status in JUDGED]
         seconds = [float(a.value("cost", "seconds") or NAN) for a in group if a.ok]
         rows.append(
             (
                 text(title_of(method)),
                 text("measured"),
-                *map(number, flagged),
-                number(mean(flagged)),
+                *map(_counted, flagged),
+                _counted(_caught(infected)),
                 number(mean(targets)),
-                number(_share(clean)),
+                _counted(_caught(clean)),
                 number(mean(abstained)),
                 number(mean(seconds)),
             )
@@ -61,21 +66,30 @@ def _rates(run: Run, answers: Sequence[Answer], published: str) -> Table:
         columns=tuple(columns),
         rows=tuple(rows),
         notes=(
-            f"{run.plan['size_text']} Shares of models and draws, per cent; {_counts(answers)}. "
-            "Abstaining counts as not detected, and as no false alarm.",
+            f"{run.plan['size_text']} Flagged of all models and draws, in brackets the 95 % Wilson interval "
+            f"in per cent, which takes draws on one model for independent; {_counts(answers)}. "
+            "Abstaining, or refusing a model, counts as not detected, and as no false alarm.",
             *share_done(run),
         ),
         command=run.command,
     )
 
 
-def _share(answers: Sequence[Answer]) -> float:
-    return mean(100.0 * bool(answer.value("flagged")) for answer in answers if answer.ok)
+def _caught(answers: Sequence[Answer]) -> Rate:
+    judged = [answer for answer in answers if answer.status in JUDGED]
+    return Rate(sum(bool(answer.value("flagged")) for answer in judged), len(judged))
+
+
+def _counted(rate: Rate) -> Entry:
+    if not rate.n:
+        return Entry()
+    low, high = (100 * bound for bound in rate.interval)
+    return Entry((100 * rate.value,), f"{rate.successes}/{rate.n} [{low:.1f}, {high:.1f}]")
 
 
 def _counts(answers: Sequence[Answer]) -> str:
     infected = {a.model for a in answers if a.attack is not None}
-    clean = {a.model for a in answers if a.ok and a.attack is None}
+    clean = {a.model for a in answers if a.status in JUDGED and a.attack is None}
     return f"{len(infected)} infected and {len(clean)} clean models"
 
 

@@ -14,6 +14,7 @@ from unbackdoor.report.layouts.common import (
     share_done,
     text,
     title_of,
+    title_of_model,
 )
 from unbackdoor.report.published import Published, paper
 from unbackdoor.report.run import Answer, Run, grouped, only
@@ -38,7 +39,7 @@ def grid_tables(run: Run, published: str = "", parts: Sequence[str] = ()) -> lis
         parts: Which; all that are about purification if empty.
     """
     printed = paper(published) if published else None
-    chosen = parts or list(dict.fromkeys(a.part for a in run.answers if a.task == "purify"))
+    chosen = parts or list(dict.fromkeys(part for a in run.answers if a.task == "purify" for part in a.parts))
     return [_table(run, part, run.of(part), printed) for part in chosen if run.of(part)]
 
 
@@ -55,9 +56,11 @@ def _table(run: Run, part: str, answers: Sequence[Answer], printed: Published | 
     for model, group in grouped(answers, lambda answer: answer.model).items():
         before = effect([answer for answer in group if answer.ok][:1], "before")
         after = [effect(only(group, method=m, variant=v)) for m, v in methods]
-        if any(answer.attack is not None or answer.record is None for answer in group):
+        took = all(answer.took for answer in group)
+        if took and any(answer.attack is not None or answer.record is None for answer in group):
             measured.append([before, *after])
-        rows.append((text(title_of(model)), text("measured"), before, *mark_lowest(after)))
+        shown = mark_lowest(after) if took else after
+        rows.append((text(title_of_model(group)), text("measured"), before, *shown))
         rows += _printed_row(model, printed, [method for method, _ in methods])
     rows += _averages(measured, printed, [method for method, _ in methods])
     return Table(

@@ -58,4 +58,5 @@ def _chosen(answers: Sequence[Answer], rule: str, poisoned: int) -> list[Answer]
 
 def _pair(answers: Sequence[Answer]) -> list[Entry]:
     done = [answer for answer in answers if answer.ok]
-    return [effect(done[:1], "before") if done else Entry(), effect(answers)]
+    after = effect(answers) if all(a.took for a in done) else Entry(text="did not take")
+    return [effect(done[:1], "before") if done else Entry(), after]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from unbackdoor.report.layouts.common import RATES, draws, effect, share_done, text, title_of
+from unbackdoor.report.layouts.common import RATES, draws, effect, share_done, text, title_of_model
 from unbackdoor.report.run import Answer, Run, grouped
 from unbackdoor.report.tables import Column, Table
 
@@ -45,16 +45,24 @@ def over_option(path: str) -> Callable[[Answer], float | None]:
     return value
 
 
-def lines(answers: Sequence[Answer], x: Callable[[Answer], float | None], part: str = "") -> list[Line]:
+def lines(answers: Sequence[Answer], x: Callable[[Answer], float | None]) -> list[Line]:
     """Return a line a model and part, means over draws."""
     found = []
-    chosen = [a for a in answers if x(a) is not None and (not part or a.part == part)]
-    for (model, where), group in grouped(chosen, lambda a: (a.model, a.part)).items():
+    chosen = [a for a in answers if x(a) is not None]
+    for (_, where), group in _by_model_and_part(chosen).items():
         points = sorted(grouped([a for a in group if a.ok], x).items())
         entries = [(value, effect(here).values) for value, here in points]
-        label = f"{title_of(model)}, {SETTINGS.get(where, where)}"
+        label = f"{title_of_model(group)}, {SETTINGS.get(where, where)}"
         columns = zip(*[(v, e[0], e[1]) for v, e in entries if len(e) == 2], strict=True)
         found.append(Line(label, *(tuple(column) for column in columns))) if entries else None
+    return found
+
+
+def _by_model_and_part(answers: Sequence[Answer]) -> dict[tuple[str, str], list[Answer]]:
+    found: dict[tuple[str, str], list[Answer]] = {}
+    for answer in answers:
+        for part in answer.parts:
+            found.setdefault((answer.model, part), []).append(answer)
     return found
 
 
@@ -73,11 +81,11 @@ def sweep_table(
     chosen = [answer for answer in run.answers if x(answer) is not None]
     values = sorted({value for answer in chosen if (value := x(answer)) is not None})
     rows = []
-    for (model, part), group in grouped(chosen, lambda a: (a.model, a.part)).items():
+    for (_, part), group in _by_model_and_part(chosen).items():
         by_value = grouped(group, x)
         rows.append(
             (
-                text(title_of(model)),
+                text(title_of_model(group)),
                 text(SETTINGS.get(part, part)),
                 *(effect(by_value.get(value, [])) for value in values),
             )

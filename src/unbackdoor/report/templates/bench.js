@@ -46,7 +46,7 @@ const filter = () => {
   for (const row of list.tBodies[0].rows) {
     const fits = wanted.every(([name, value]) => name === "text"
       ? row.textContent.toLowerCase().includes(value.toLowerCase())
-      : row.dataset[name] === value);
+      : row.dataset[name].split("\n").includes(value));
     row.hidden = !fits;
     count += fits;
   }
@@ -99,6 +99,15 @@ const curve = (name, values, parent) => {
   make("figcaption", `${name.replaceAll("_", " ")}: ${known[0]} to ${known.at(-1)} (lowest ${low}, highest ${high}, ${values.length} steps)`, figure);
 };
 
+const curves = (title, courses, parent) => {
+  const entries = Object.entries(courses);
+  if (!entries.length) return;
+  make("h3", title, parent);
+  const grid = make("div", undefined, parent);
+  grid.className = "curves";
+  for (const [name, values] of entries) curve(name, values, grid);
+};
+
 const open = (key) => {
   const detail = details[key];
   const body = document.getElementById("detail-body");
@@ -111,13 +120,8 @@ const open = (key) => {
   facts("Found", detail.found, body);
   facts("Set options", detail.set, body);
   facts("Notes of the method", detail.notes, body);
-  const courses = Object.entries(detail.series ?? {});
-  if (courses.length) {
-    make("h3", "Courses", body);
-    const grid = make("div", undefined, body);
-    grid.className = "curves";
-    for (const [name, values] of courses) curve(name, values, grid);
-  }
+  curves("Courses", detail.series, body);
+  curves("Filters pruned in the order of the scores: oracle (uses the trigger)", detail.oracle, body);
   if (detail.log.length) {
     make("h3", "Log", body);
     make("pre", detail.log.join("\n"), body);

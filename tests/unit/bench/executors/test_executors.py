@@ -15,6 +15,7 @@ import pytest
 from toy import Number, Square, begun
 from unbackdoor.bench.executors import Inline, Pool, Ray, Slurm, executor_named
 from unbackdoor.bench.executors.base import Executor, Lost, Take
+from unbackdoor.bench.executors.pool import JobError
 from unbackdoor.bench.runner import drive
 from unbackdoor.bench.store import Store
 from unbackdoor.errors import InvalidInputError
@@ -62,6 +63,16 @@ def test_the_loss_of_all_workers_of_a_task_is_a_record(tmp_path: Path) -> None:
     assert records["n0"]["status"] == "failed"
     assert "SIGKILL 3 times" in records["n0"]["problem"]
     assert records["n1"]["square"] == 1
+
+
+def test_a_bug_in_a_job_ends_the_run_of_a_pool_with_its_traceback(tmp_path: Path) -> None:
+    store = Store(tmp_path / "records.jsonl")
+    with pytest.raises(
+        JobError, match=r"(?s)^number 1 raised in its worker:.*toy\.py.*KeyError: 'broken at 1'"
+    ):
+        drive([Number(0), Number(1)], Square(tmp_path, broken=(1,)), store, Pool(1))
+    assert set(store.records()) == {"n0"}
+    assert begun(tmp_path, 1) == 1
 
 
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
