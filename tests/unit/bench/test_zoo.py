@@ -102,8 +102,8 @@ def test_false_claims_changed_and_missing_files_are_found(root: Path, tmp_path: 
 def test_unknown_names_and_empty_folders_are_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="no model 'lira'; it has badnets, clean"):
         zoo.entry_named(root, "lira")
-    for empty in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(InvalidInputError, match="holds no models"):
+    for empty, problem in ((tmp_path, "holds no models"), (tmp_path / "absent", "does not exist")):
+        with pytest.raises(InvalidInputError, match=problem):
             zoo.entries(empty)
 
 
