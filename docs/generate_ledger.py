@@ -33,7 +33,8 @@ rule for how much**, so that a table compares rankings; `--paper` takes each pap
 stands in RESULTS.md.
 
 Image passes and seconds come from the records of `unbackdoor bench runtime` (one BadNets model, 500 clean images,
-nothing else running); passes compare across machines, seconds do not.
+nothing else running); passes compare across machines, seconds do not. A pass in which the layers before the changed one
+answered from memory, as in the guarded walk, counts as the share of its multiply-adds that it did again.
 """
 
 UNMEASURED = "The records of that suite are not in the project yet, so the columns on cost are empty.\n"
