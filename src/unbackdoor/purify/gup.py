@@ -26,7 +26,7 @@ from unbackdoor.filters.select import order
 from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.purify.copies import fine_tuned, handed_back, working_copy
 from unbackdoor.purify.nc import suspects
-from unbackdoor.purify.selection import Selection, select
+from unbackdoor.purify.selection import Selection, divide, select
 from unbackdoor.train import Batch, LossStep, Recipe, cross_entropy_step
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
@@ -133,9 +133,10 @@ class GUP:
         """
         check_fits(model, clean, purpose="purification", at_least=2)
         filter_map = find_filters(model, as_float(clean.images[:1]))
+        learning, guarding = divide(clean, self.selection.held_out_fraction, generator)
         triggers, found = suspects(
             model,
-            clean,
+            learning,
             self.inversion,
             threshold=self.anomaly_threshold,
             fewest=self.fewest_classes,
@@ -151,18 +152,20 @@ class GUP:
         }
         if not triggers:
             return Purified(handed_back(working_copy(model), model), None, {}, diagnostics)
-        first = unlearning_pass(model, clean, triggers, filter_map, self.score, weight=self.triggered_weight)
+        first = unlearning_pass(
+            model, learning, triggers, filter_map, self.score, weight=self.triggered_weight
+        )
         own: list[tuple[str, int]] = []
         if self.selection.amount == "own":
-            own = self._own(model, clean, triggers, filter_map, first, diagnostics, progress)
+            own = self._own(model, learning, triggers, filter_map, first, diagnostics, progress)
         selected = select(
-            model, clean, filter_map, first.scores, self.selection,
+            model, guarding, filter_map, first.scores, self.selection,
             own=own, prune_mode=self.prune_mode, progress=progress,
         )  # fmt: skip
         pruned = selected.mask.apply(model, filter_map, prune_mode=self.prune_mode)
         if self.recipe is not None:
             pruned, record = fine_tuned(
-                pruned, clean, self.recipe, generator=generator,
+                pruned, learning, self.recipe, generator=generator,
                 loss_step=keeping_cleared(selected.mask, filter_map, self.prune_mode), progress=progress,
             )  # fmt: skip
             pruned = selected.mask.apply(pruned, filter_map, prune_mode=self.prune_mode)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from unbackdoor import rng
 from unbackdoor.compute import check_fits
-from unbackdoor.data.splits import split
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.magnitude import layer_normalised, magnitudes
@@ -21,6 +20,7 @@ from unbackdoor.filters.select import Exposed, Guard, Step, below, guarded_walk,
 from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.masks import LearntMasks, MaskTraining, learn_masks
 from unbackdoor.purify.nc import suspects
+from unbackdoor.purify.selection import divide
 from unbackdoor.suppression import Suppressed, Suppression, suppress
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, quantise, silent
 
@@ -183,7 +183,7 @@ class MNP:
         """
         check_fits(model, clean, purpose="purification", at_least=2)
         filter_map = find_filters(model, as_float(clean.images[:1]))
-        learning, guarding = self._split(clean, generator)
+        learning, guarding = divide(clean, self.held_out_fraction, generator)
         run = _Run(self, model, filter_map, learning, guarding, progress)
         expose = {"inversion": run.by_inversion, "suppression": run.by_suppression}
         for way in self.exposures:
@@ -202,13 +202,6 @@ class MNP:
                 "untreated": [asdict(item) for item in filter_map.untreated],
             },
         )
-
-    def _split(
-        self, clean: LabelledImages, generator: torch.Generator
-    ) -> tuple[LabelledImages, LabelledImages]:
-        if self.held_out_fraction == 0:
-            return clean, clean
-        return split(clean, self.held_out_fraction, rng.spawn(generator))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.mask import PruneMode
 from unbackdoor.filters.select import below
 from unbackdoor.masks import LearntMasks, MaskTraining, learn_masks
-from unbackdoor.purify.selection import Selection, select
+from unbackdoor.purify.selection import Selection, divide, select
 from unbackdoor.suppression import Suppressed, Suppression, suppress
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
@@ -119,18 +119,21 @@ class RNP:
         """
         check_fits(model, clean, purpose="purification", at_least=2)
         filter_map = find_filters(model, as_float(clean.images[:1]))
+        learning, guarding = divide(clean, self.selection.held_out_fraction, generator)
         masked = _masked_layers(filter_map, self.masks.target)
-        unlearnt = suppress(model, clean, self.unlearning, generator=rng.spawn(generator), progress=progress)
+        unlearnt = suppress(
+            model, learning, self.unlearning, generator=rng.spawn(generator), progress=progress
+        )
         reached = unlearnt.accuracies[-1] <= self.unlearning.stop_accuracy
         if not reached and self.on_not_reached == "raise":
             raise UnsupportedModelError(
                 f"unlearning left a clean accuracy of {unlearnt.accuracies[-1]:.3f}, above CA_min = "
                 f"{self.unlearning.stop_accuracy}; raise unlearning.budget or unlearning.learning_rate."
             )
-        recovered = self._recover(unlearnt.model, clean, filter_map, rng.spawn(generator), progress)
+        recovered = self._recover(unlearnt.model, learning, filter_map, rng.spawn(generator), progress)
         scores = {name: recovered.masks[name].float().cpu() for name in masked}
         selected = select(
-            model, clean, filter_map, scores, self.selection,
+            model, guarding, filter_map, scores, self.selection,
             own=below(scores, self.threshold), prune_mode=self.prune_mode, progress=progress,
         )  # fmt: skip
         return Purified(

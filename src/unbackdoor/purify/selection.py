@@ -1,17 +1,23 @@
 """How many filters a pruning method removes: one rule for all, from clean images, beside each paper's own.
 
-Scores say in which order filters go; this says how far. With the same rule, the same held-out images and
-the same guard for every method, a comparison compares scores and not tuning.
+Scores say in which order filters go; this says how far. With the same rule, the same guard and, for equal
+seeds, the same held-out images for every method, a comparison compares scores and not tuning. One
+difference is left: MNP's own guard also asks each removal for a benefit where the backdoor was exposed, and
+the other methods have no such place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from unbackdoor import rng
+from unbackdoor.data.splits import split
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.groups import FilterMap
 from unbackdoor.filters.mask import FilterMask, PruneMode
@@ -29,12 +35,15 @@ class Selection:
         count: For ``count``.
         fraction: For ``fraction``, of the ranked filters, in [0, 1].
         guard: For ``guarded``.
+        held_out_fraction: Share of the clean images kept from the learning and used by the guard alone,
+            in [0, 1); 0 lets the guard use the images that the scores come from.
     """
 
     amount: Literal["guarded", "own", "count", "fraction"] = "guarded"
     count: int = 30
     fraction: float = 0.02
     guard: Guard = field(default_factory=lambda: Guard(benefit=0.0))
+    held_out_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         if self.amount not in ("guarded", "own", "count", "fraction"):
@@ -44,6 +53,18 @@ class Selection:
         if self.count < 0 or not 0 <= self.fraction <= 1:
             raise InvalidInputError(
                 f"count must be at least 0 and fraction lie in [0, 1], got {self.count} and {self.fraction}."
+            )
+        if not 0 <= self.held_out_fraction < 1:
+            raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
+        if self.held_out_fraction and self.amount != "guarded":
+            raise InvalidInputError(
+                f"held-out images serve the guard alone, and amount is {self.amount!r}; use amount = "
+                "'guarded' or held_out_fraction = 0."
+            )
+        if self.guard.benefit > 0:
+            raise InvalidInputError(
+                f"the guard asks for a benefit of {self.guard.benefit} where the backdoor was exposed, and "
+                "this method exposes none; set guard.benefit to 0."
             )
 
 
@@ -62,6 +83,69 @@ class Selected:
     def describe(self) -> dict[str, Any]:
         """Return JSON values for ``Purified.diagnostics``."""
         return {"walk": [step.describe() for step in self.steps]}
+
+
+def divide(
+    clean: LabelledImages, held_out_fraction: float, generator: torch.Generator
+) -> tuple[LabelledImages, LabelledImages]:
+    """Return the images to learn from, and those on which the guard measures: all for both at 0.
+
+    Methods call this before they draw anything else, so that equal seeds hold out the same images.
+
+    Args:
+        clean: Clean images with labels.
+        held_out_fraction: Share of the second part, in [0, 1).
+        generator: Source of randomness; untouched at 0.
+
+    Raises:
+        InvalidInputError: If either part would be empty.
+    """
+    if held_out_fraction == 0:
+        return clean, clean
+    return split(clean, held_out_fraction, rng.spawn(generator))
+
+
+def guarded_units(
+    measure: Callable[[Sequence[int]], tuple[float, float]],
+    layer: str,
+    candidates: Sequence[int],
+    guard: Guard,
+    *,
+    progress: Progress = silent,
+) -> tuple[list[int], list[Step]]:
+    """Apply ``filters.select.guarded_walk``'s rule to units that are cheap to measure: inputs of the head.
+
+    Args:
+        measure: Mean clean cross-entropy and accuracy without the units given.
+        layer: What the steps call the units' layer.
+        candidates: Units, most suspicious first.
+        guard: The allowed cost.
+        progress: Called after each candidate.
+
+    Returns:
+        The units that go, and one step a candidate that was tried.
+    """
+    removed, steps = list[int](), list[Step]()
+    start, start_accuracy = now, now_accuracy = measure([])
+    in_vain = 0
+    for done, unit in enumerate(candidates):
+        if guard.patience and in_vain >= guard.patience:
+            progress("pruning", len(candidates), len(candidates))
+            break
+        loss, accuracy = measure([*removed, unit])
+        change = loss - now
+        accepted = (
+            change <= guard.per_filter
+            and loss - start <= guard.total
+            and start_accuracy - accuracy <= guard.accuracy + 1e-9
+        )
+        if accepted:
+            now, now_accuracy = loss, accuracy
+            removed.append(unit)
+        in_vain = 0 if accepted else in_vain + 1
+        steps.append(Step(layer, unit, change, math.nan, accepted, now_accuracy))
+        progress("pruning", done + 1, len(candidates))
+    return removed, steps
 
 
 def select(
