@@ -30,8 +30,9 @@ What a comparison of defences rests on. All purifiers get the same model, the sa
 balanced over the classes by the seed) and a seed, and nothing else; none sees a trigger, a poisoned image, a test image
 or the attack success rate, which `make lint` checks by the imports. **By default all methods that prune share one
 rule for how much**, so that a table compares rankings; `--paper` takes each paper's own. One difference is left: the guard
-of MNP also asks each removal for a benefit where MNP exposed the backdoor, and the other methods have no such place. How our
-defaults were chosen stands in RESULTS.md.
+of MNP also asks each removal for a benefit where MNP exposed the backdoor, and by default the other methods have no such
+place; `selection.expose=unlearnt` with `selection.guard.benefit` gives them one, RNP's unlearnt copy. How our defaults were
+chosen stands in RESULTS.md.
 
 Image passes and seconds come from the records of `unbackdoor bench runtime` (one BadNets model, 500 clean images,
 nothing else running); passes compare across machines, seconds do not. A pass in which the layers before the changed one

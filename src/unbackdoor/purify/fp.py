@@ -19,7 +19,7 @@ from unbackdoor.filters.mask import FilterMask
 from unbackdoor.filters.select import Step
 from unbackdoor.purify.copies import fine_tuned
 from unbackdoor.purify.ft import training_summary
-from unbackdoor.purify.selection import Selection, divide, guarded_units
+from unbackdoor.purify.selection import Selection, divide, exposed_copy, guarded_units
 from unbackdoor.train import Batch, LossStep, Recipe
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
@@ -49,7 +49,8 @@ class FP:
     Args:
         ranking: ``absolute`` is the mean of |a|, the same as ``mean`` for rectified units; ``mean`` is the
             paper's, under which units that are negative for clean images go first.
-        selection: How many units go; its ``candidates`` and ``fraction`` are shares of the units.
+        selection: How many units go; its ``candidates`` and ``fraction`` are shares of the units, and its
+            guard's ``screen`` has no part: trials are cheap.
         tolerance: For ``own``: largest loss of clean accuracy, relative to what it was, in [0, 1).
         recipe: Of the fine-tuning; None to prune only.
     """
@@ -110,7 +111,14 @@ class FP:
         same = guarding is learning
         features = units.features if same else _watch(model, units.head, guarding.images).features
         sweep = _Sweep.of(model, units, features, guarding.labels)
-        removed, steps = self._choose(sweep, units.layer, ranked, progress)
+        exposed = exposed_copy(
+            model, learning, guarding, self.selection, generator=generator, progress=progress
+        )
+        copy = None
+        if exposed is not None:
+            seen = _watch(exposed.model, units.head, guarding.images)
+            copy = _Sweep.of(exposed.model, units, seen.features, guarding.labels)
+        removed, steps = self._choose(sweep, copy, units.layer, ranked, progress)
         pruned, mask = units.silenced(model, filter_map, removed)
         record = None
         if self.recipe is not None:
@@ -131,7 +139,7 @@ class FP:
         )
 
     def _choose(
-        self, sweep: _Sweep, layer: str, ranked: Sequence[int], progress: Progress
+        self, sweep: _Sweep, copy: _Sweep | None, layer: str, ranked: Sequence[int], progress: Progress
     ) -> tuple[list[int], list[Step]]:
         selection = self.selection
         if selection.amount == "count":
@@ -141,7 +149,10 @@ class FP:
         if selection.amount == "own":
             return _until_worse(sweep, layer, ranked, self.tolerance, progress)
         candidates = ranked[: max(1, round(selection.guard.candidates * len(ranked)))]
-        return guarded_units(sweep.measure, layer, candidates, selection.guard, progress=progress)
+        exposed = (lambda gone: copy.measure(gone)[0]) if copy else None
+        return guarded_units(
+            sweep.measure, layer, candidates, selection.guard, exposed=exposed, progress=progress
+        )
 
 
 def masked_head_step(weight: str, columns: Tensor) -> LossStep:

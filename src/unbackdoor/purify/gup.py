@@ -26,7 +26,7 @@ from unbackdoor.filters.select import order
 from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.purify.copies import fine_tuned, handed_back, working_copy
 from unbackdoor.purify.nc import suspects
-from unbackdoor.purify.selection import Selection, divide, select
+from unbackdoor.purify.selection import Selection, divide, exposed_copy, select
 from unbackdoor.train import Batch, LossStep, Recipe, cross_entropy_step
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
@@ -158,9 +158,12 @@ class GUP:
         own: list[tuple[str, int]] = []
         if self.selection.amount == "own":
             own = self._own(model, learning, triggers, filter_map, first, diagnostics, progress)
+        exposed = exposed_copy(
+            model, learning, guarding, self.selection, generator=generator, progress=progress
+        )
         selected = select(
             model, guarding, filter_map, first.scores, self.selection,
-            own=own, prune_mode=self.prune_mode, progress=progress,
+            own=own, exposed=exposed, prune_mode=self.prune_mode, progress=progress,
         )  # fmt: skip
         pruned = selected.mask.apply(model, filter_map, prune_mode=self.prune_mode)
         if self.recipe is not None:

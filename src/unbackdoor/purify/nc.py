@@ -16,10 +16,10 @@ from unbackdoor.compute import check_fits
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.groups import find_filters
 from unbackdoor.filters.head import head_features, linear_head
-from unbackdoor.filters.select import Step, order
+from unbackdoor.filters.select import Exposed, Step, order
 from unbackdoor.inversion import Inversion, InvertedTrigger, anomaly_indices, invert_all, norms_of
 from unbackdoor.purify.copies import fine_tuned, handed_back, working_copy
-from unbackdoor.purify.selection import Selection, divide, guarded_units
+from unbackdoor.purify.selection import Selection, divide, exposed_copy, guarded_units
 from unbackdoor.train import Batch, LossStep, Recipe
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
@@ -52,7 +52,7 @@ class NC:
         mitigation: ``unlearn`` or ``prune``.
         recipe: Unlearning; its epochs are passes over the clean images.
         stamped_fraction: Share of each batch that carries an inverted trigger, in (0, 1]; at least one image.
-        selection: How many penultimate units go, for ``prune``.
+        selection: How many penultimate units go, for ``prune``; its guard's ``screen`` has no part.
         own_success: With ``own``, prune until the inverted triggers' success is at most this, in [0, 1].
     """
 
@@ -153,7 +153,10 @@ class NC:
         if not acted:
             return Purified(handed_back(working_copy(model), model), None, {}, diagnostics)
         if prunes:
-            return self._prune(model, learning, guarding, acted, diagnostics, progress)
+            exposed = exposed_copy(
+                model, learning, guarding, self.selection, generator=generator, progress=progress
+            )
+            return self._prune(model, learning, guarding, exposed, acted, diagnostics, progress)
         work, record = fine_tuned(
             model,
             learning,
@@ -170,6 +173,7 @@ class NC:
         model: nn.Module,
         learning: LabelledImages,
         guarding: LabelledImages,
+        exposed: Exposed | None,
         triggers: Sequence[InvertedTrigger],
         diagnostics: Mapping[str, Any],
         progress: Progress,
@@ -184,8 +188,12 @@ class NC:
         work = working_copy(model)
         layer = work.get_submodule(head)
         assert isinstance(layer, nn.Linear)
+        copy = None
+        if exposed is not None:
+            copied = exposed.model.get_submodule(head)
+            copy = copied, head_features(exposed.model, head, guarding.images)
         labels, guarded_labels = (part.labels.to(before.device) for part in (learning, guarding))
-        walk = _Walk(layer, units, guarded, guarded_labels, stamped, triggers, labels)
+        walk = _Walk(layer, units, guarded, guarded_labels, copy, stamped, triggers, labels)
         ranked = [unit for _, unit in order(scores)]
         excited = int((scores[units] < 0).sum())
         removed, steps = walk.remove(ranked, self.selection, excited, self.own_success)
@@ -288,6 +296,7 @@ class _Walk:
         units: What its inputs are called.
         clean: Features ``(N, F)`` of the images on which the cost is measured.
         clean_labels: Their labels.
+        copy: The head and the features of the same images in an exposed copy, if there is one.
         stamped: For each trigger, features of the images that learn, stamped with it.
         triggers: The triggers.
         labels: The labels of the images that learn.
@@ -297,6 +306,7 @@ class _Walk:
     units: str
     clean: Tensor
     clean_labels: Tensor
+    copy: tuple[nn.Module, Tensor] | None
     stamped: Sequence[Tensor]
     triggers: Sequence[InvertedTrigger]
     labels: Tensor
@@ -324,6 +334,12 @@ class _Walk:
         loss = float(F.cross_entropy(logits, self.clean_labels))
         return loss, float((logits.argmax(1) == self.clean_labels).float().mean())
 
+    @torch.no_grad()
+    def _copy_loss(self, removed: Sequence[int]) -> float:
+        assert self.copy is not None
+        head, features = self.copy
+        return float(F.cross_entropy(head(features * self.keeping(removed)), self.clean_labels))
+
     def remove(
         self, ranked: Sequence[int], selection: Selection, excited: int, own_success: float
     ) -> tuple[list[int], list[Step]]:
@@ -337,4 +353,5 @@ class _Walk:
             enough = (n for n in range(excited + 1) if self.success(self.keeping(ranked[:n])) <= own_success)
             return list(ranked[: next(enough, excited)]), []
         candidates = ranked[: max(1, round(selection.guard.candidates * len(ranked)))]
-        return guarded_units(self.measure, self.units, candidates, selection.guard)
+        exposed = self._copy_loss if self.copy else None
+        return guarded_units(self.measure, self.units, candidates, selection.guard, exposed=exposed)

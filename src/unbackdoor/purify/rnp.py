@@ -13,7 +13,7 @@ from unbackdoor.compute import check_fits
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.mask import PruneMode
-from unbackdoor.filters.select import below
+from unbackdoor.filters.select import Exposed, below
 from unbackdoor.masks import LearntMasks, MaskTraining, learn_masks
 from unbackdoor.purify.selection import Selection, divide, select
 from unbackdoor.suppression import Suppressed, Suppression, suppress
@@ -40,6 +40,9 @@ class RNP:
     Masks exist for layers that a batch norm with a scale follows; others lose no filter. For networks
     without batch norm take ``masks=MaskTraining(target="filter", norm_mode="eval")``: masks then multiply
     the filters' weights, in all layers but the head.
+
+    The paper's first use of an unlearnt copy, to find the filters for other pruning methods, is
+    ``selection.expose`` of those; here the copy is the one that the masks are learnt on.
 
     Args:
         unlearning: How the clean task is unlearnt; its ``stop_accuracy`` is CA_min.
@@ -132,9 +135,10 @@ class RNP:
             )
         recovered = self._recover(unlearnt.model, learning, filter_map, rng.spawn(generator), progress)
         scores = {name: recovered.masks[name].float().cpu() for name in masked}
+        exposed = Exposed(unlearnt.model, guarding) if self.selection.expose == "unlearnt" else None
         selected = select(
             model, guarding, filter_map, scores, self.selection,
-            own=below(scores, self.threshold), prune_mode=self.prune_mode, progress=progress,
+            own=below(scores, self.threshold), exposed=exposed, prune_mode=self.prune_mode, progress=progress,
         )  # fmt: skip
         return Purified(
             model=selected.mask.apply(model, filter_map, prune_mode=self.prune_mode),

@@ -3,7 +3,7 @@
 Scores say in which order filters go; this says how far. With the same rule, the same guard and, for equal
 seeds, the same held-out images for every method, a comparison compares scores and not tuning. One
 difference is left: MNP's own guard also asks each removal for a benefit where the backdoor was exposed, and
-the other methods have no such place.
+by default the other methods have no such place; ``Selection.expose`` gives them one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.groups import FilterMap
 from unbackdoor.filters.mask import FilterMask, PruneMode
 from unbackdoor.filters.select import Exposed, Guard, Step, guarded_walk, order
+from unbackdoor.suppression import Suppression, suppress
 from unbackdoor.types import LabelledImages, Progress, silent
 
 
@@ -37,6 +38,9 @@ class Selection:
         guard: For ``guarded``.
         held_out_fraction: Share of the clean images kept from the learning and used by the guard alone,
             in [0, 1); 0 lets the guard use the images that the scores come from.
+        expose: With ``unlearnt`` the guard also asks each removal for ``guard.benefit`` in a copy that has
+            unlearnt the clean task, whose backdoor's filters keep it from recovering: RNP's first use, which
+            tells other methods what to prune (Li et al., ICML 2023, arXiv 2305.14876). ``none``: no copy.
     """
 
     amount: Literal["guarded", "own", "count", "fraction"] = "guarded"
@@ -44,6 +48,7 @@ class Selection:
     fraction: float = 0.02
     guard: Guard = field(default_factory=lambda: Guard(benefit=0.0))
     held_out_fraction: float = 0.0
+    expose: Literal["none", "unlearnt"] = "none"
 
     def __post_init__(self) -> None:
         if self.amount not in ("guarded", "own", "count", "fraction"):
@@ -56,15 +61,22 @@ class Selection:
             )
         if not 0 <= self.held_out_fraction < 1:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
-        if self.held_out_fraction and self.amount != "guarded":
+        if self.expose not in ("none", "unlearnt"):
+            raise InvalidInputError(f"expose must be 'none' or 'unlearnt', got {self.expose!r}.")
+        if (self.held_out_fraction or self.expose != "none") and self.amount != "guarded":
             raise InvalidInputError(
-                f"held-out images serve the guard alone, and amount is {self.amount!r}; use amount = "
-                "'guarded' or held_out_fraction = 0."
+                "held-out images and an exposed copy serve the guard alone, and amount is "
+                f"{self.amount!r}; use amount = 'guarded', or held_out_fraction = 0 and expose = 'none'."
             )
-        if self.guard.benefit > 0:
+        if self.expose == "none" and self.guard.benefit > 0:
             raise InvalidInputError(
                 f"the guard asks for a benefit of {self.guard.benefit} where the backdoor was exposed, and "
-                "this method exposes none; set guard.benefit to 0."
+                "nothing exposes it; set guard.benefit to 0, or expose to 'unlearnt'."
+            )
+        if self.expose != "none" and self.guard.benefit == 0:
+            raise InvalidInputError(
+                "an unlearnt copy says which filters go by the benefit that the guard asks for, which is 0; "
+                "set guard.benefit too, for example to 0.01, or expose to 'none'."
             )
 
 
@@ -105,12 +117,38 @@ def divide(
     return split(clean, held_out_fraction, rng.spawn(generator))
 
 
+def exposed_copy(
+    model: nn.Module,
+    learning: LabelledImages,
+    guarding: LabelledImages,
+    selection: Selection,
+    *,
+    generator: torch.Generator,
+    progress: Progress = silent,
+) -> Exposed | None:
+    """Return a copy of ``model`` that has unlearnt the clean task, as RNP does it, if the rule asks for one.
+
+    Args:
+        model: The network; left untouched.
+        learning: Clean images that are unlearnt.
+        guarding: Clean images on which benefits are measured.
+        selection: The rule.
+        generator: Order of the images; untouched if no copy is asked for.
+        progress: Called during the unlearning.
+    """
+    if selection.expose == "none":
+        return None
+    unlearnt = suppress(model, learning, Suppression.rnp(), generator=rng.spawn(generator), progress=progress)
+    return Exposed(unlearnt.model, guarding)
+
+
 def guarded_units(
     measure: Callable[[Sequence[int]], tuple[float, float]],
     layer: str,
     candidates: Sequence[int],
     guard: Guard,
     *,
+    exposed: Callable[[Sequence[int]], float] | None = None,
     progress: Progress = silent,
 ) -> tuple[list[int], list[Step]]:
     """Apply ``filters.select.guarded_walk``'s rule to units that are cheap to measure: inputs of the head.
@@ -119,7 +157,8 @@ def guarded_units(
         measure: Mean clean cross-entropy and accuracy without the units given.
         layer: What the steps call the units' layer.
         candidates: Units, most suspicious first.
-        guard: The allowed cost.
+        guard: The allowed cost, and the benefit asked for; cheap trials need no screen, which has no part.
+        exposed: The loss of an exposed copy without the units given, or None.
         progress: Called after each candidate.
 
     Returns:
@@ -127,6 +166,7 @@ def guarded_units(
     """
     removed, steps = list[int](), list[Step]()
     start, start_accuracy = now, now_accuracy = measure([])
+    copy_start = copy_now = exposed([]) if exposed else math.nan
     in_vain = 0
     for done, unit in enumerate(candidates):
         if guard.patience and in_vain >= guard.patience:
@@ -139,11 +179,16 @@ def guarded_units(
             and loss - start <= guard.total
             and start_accuracy - accuracy <= guard.accuracy + 1e-9
         )
+        benefit, copy_loss = math.nan, copy_now
+        if exposed and accepted:
+            copy_loss = exposed([*removed, unit])
+            benefit = (copy_now - copy_loss) / copy_start
+            accepted = benefit >= guard.benefit
         if accepted:
-            now, now_accuracy = loss, accuracy
+            now, now_accuracy, copy_now = loss, accuracy, copy_loss
             removed.append(unit)
         in_vain = 0 if accepted else in_vain + 1
-        steps.append(Step(layer, unit, change, math.nan, accepted, now_accuracy))
+        steps.append(Step(layer, unit, change, benefit, accepted, now_accuracy))
         progress("pruning", done + 1, len(candidates))
     return removed, steps
 
@@ -169,7 +214,7 @@ def select(
         scores: Layer name to ``(filters,)``; lower goes first. Layers that are absent lose nothing.
         selection: The rule.
         own: What the rule of the method's paper removes, as (layer, filter).
-        exposed: Where removals should lower the loss, if the method knows such a place and the guard asks.
+        exposed: Where removals should lower the loss, from ``exposed_copy`` or the method's own.
         prune_mode: What removing means.
         progress: Called after each candidate of the walk.
     """

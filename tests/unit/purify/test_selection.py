@@ -24,7 +24,9 @@ from unbackdoor.purify.nc import NC
 from unbackdoor.purify.rnp import RNP
 from unbackdoor.purify.selection import Selection, guarded_units, select
 from unbackdoor.purify.tsbd import TSBD
+from unbackdoor.settings import configure
 from unbackdoor.suppression import Suppression
+from unbackdoor.testing import planted_backdoor
 from unbackdoor.testing.subjects import small_data, small_network
 from unbackdoor.types import LabelledImages, Purifier
 
@@ -68,7 +70,10 @@ def test_the_guard_keeps_what_clean_images_need() -> None:
         ({"fraction": 1.5}, "fraction lie in"),
         ({"held_out_fraction": 1.0}, r"held_out_fraction must lie in \[0, 1\)"),
         ({"amount": "own", "held_out_fraction": 0.2}, "serve the guard alone"),
-        ({"guard": Guard(benefit=0.01)}, "this method exposes none"),
+        ({"guard": Guard(benefit=0.01)}, "nothing exposes it"),
+        ({"expose": "unlearnt"}, "set guard.benefit too"),
+        ({"expose": "unlearnt", "guard": Guard(), "amount": "count"}, "serve the guard alone"),
+        ({"expose": "magic"}, "expose must be"),
     ],
 )
 def test_odd_rules_are_refused(options: dict[str, object], sentence: str) -> None:
@@ -77,8 +82,9 @@ def test_odd_rules_are_refused(options: dict[str, object], sentence: str) -> Non
 
 
 def test_a_method_that_holds_out_itself_says_so() -> None:
-    with pytest.raises(InvalidInputError, match="held_out_fraction of its own"):
-        TSBD(selection=Selection(held_out_fraction=0.2))
+    for selection in (Selection(held_out_fraction=0.2), Selection(guard=Guard(), expose="unlearnt")):
+        with pytest.raises(InvalidInputError, match="of its own"):
+            TSBD(selection=selection)
 
 
 SHORT, HALF = Inversion(steps=8, batch_size=8, success=0.01), Selection(held_out_fraction=0.5)
@@ -132,3 +138,38 @@ def test_the_walk_over_units_ends_when_nothing_goes() -> None:
     removed, steps = guarded_units(measure, "head.inputs", [0, 1, 2, 3], Guard(patience=2))
     assert (removed, tried, len(steps)) == ([0], [0, 1, 2], 3)
     assert guarded_units(measure, "head.inputs", [0, 1, 2, 3], Guard(patience=0))[0] == [0, 3]
+
+
+PLANTED = planted_backdoor()
+CLEAN = PLANTED.clean_data(64, rng.generator(0))
+LAX = Guard(candidates=0.5, per_filter=9.0, total=9.0, accuracy=1.0, screen=0.0, patience=0)
+
+
+@pytest.mark.parametrize("method", HOLDING, ids=lambda method: method.name)
+def test_filters_go_only_if_that_helps_the_unlearnt_copy(method: Purifier) -> None:
+    asking = Selection(guard=LAX, expose="unlearnt")
+    exposing = replace(method, selection=asking)  # type: ignore[type-var]
+    walk = exposing.purify(PLANTED.model, CLEAN, generator=rng.generator(0)).diagnostics["walk"]
+    assert walk
+    assert all(step["removed"] == (step["benefit"] >= 0.01) for step in walk)
+    assert not all(step["removed"] for step in walk)
+
+
+def test_a_screened_walk_passes_over_what_promises_no_benefit() -> None:
+    method = CLP(layers="conv", selection=Selection(guard=replace(LAX, screen=0.5), expose="unlearnt"))
+    walk = method.purify(PLANTED.model, CLEAN, generator=rng.generator(0)).diagnostics["walk"]
+    assert any(step["loss_change"] is None for step in walk)
+
+
+def test_rnp_passes_the_copy_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selecting, "suppress", None)
+    method = replace(HOLDING[1], selection=Selection(guard=LAX, expose="unlearnt"))  # type: ignore[type-var]
+    walk = method.purify(PLANTED.model, CLEAN, generator=rng.generator(0)).diagnostics["walk"]
+    assert any(step["benefit"] is not None for step in walk)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_settings_that_belong_together_come_in_any_order(backwards: bool) -> None:
+    settings = ["selection.expose=unlearnt", "selection.guard.benefit=0.02"]
+    chosen = configure(ANP(), settings[::-1] if backwards else settings).selection
+    assert (chosen.expose, chosen.guard.benefit) == ("unlearnt", 0.02)
