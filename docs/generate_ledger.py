@@ -41,7 +41,9 @@ answered from memory, as in the guarded walk, counts as the share of its multipl
 
 UNMEASURED = "The records of that suite are not in the project yet, so the columns on cost are empty.\n"
 
-_SECTIONS = ("Deviations", "Choices of ours", "Not reproduced", "Beyond the paper", "The paper does this")
+_SECTIONS = (
+    "Deviations", "Reconstructed", "Choices of ours", "Not reproduced", "Beyond the paper", "The paper does this",
+)  # fmt: skip
 
 
 def page() -> str:
@@ -83,8 +85,13 @@ def _section(cls: type[Any], facts: dict[str, Any]) -> str:
     entry = catalogue.entry("purifier", cls)
     paragraphs = catalogue.description(cls).split("\n\n")
     ours = [_markdown(p) for p in paragraphs if p.startswith(_SECTIONS)]
+    if not ours:
+        raise ValueError(
+            f"the docstring of {cls.__name__} has no paragraph that starts with one of {', '.join(_SECTIONS)}; "
+            "say there what differs from the paper, or that nothing does ('Deviations: none.')."
+        )
     lines = [f"## {entry.name}", "", f"*{entry.title}. {entry.source}.*", ""]
-    for paragraph in ours or ["Deviations: none."]:
+    for paragraph in ours:
         lines += [paragraph, ""]
     if facts["bugs"]:
         lines += ["Not repeated from elsewhere:", "", *(f"- {bug}" for bug in facts["bugs"]), ""]

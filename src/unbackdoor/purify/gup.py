@@ -36,14 +36,15 @@ class GUP:
     """Prune the filters with the largest gradients of an unlearning loss, then fine-tune shortly.
 
     Source: Dunnett et al., "Unlearning Backdoor Attacks through Gradient-Based Model Pruning", 2024, arXiv
-    2405.03918. A reconstruction: of the paper, the idea (an unlearning loss whose gradients expose filters,
-    pruned one after the other, then a short fine-tune) is certain. These are ours: the loss ``CE(x, y) +
-    triggered_weight CE(x', y)`` with true labels y, the scores of filters, in eval mode and float32, the
-    rules by which pruning stops, and all constants. Works with any norm.
+    2405.03918. Known of it: the gradients of an unlearning loss expose filters, which are pruned one after
+    the other; a short fine-tune follows. Works with any norm.
 
-    The paper stamps images with a trigger that it takes as known; here triggers are inverted from clean
-    images, for the classes that Neural Cleanse flags or else the class with the smallest mask. If no mask
-    works, the model comes back unchanged, and ``diagnostics["action"]`` says so.
+    Reconstructed: nearly everything else, as no code was at hand. Ours are the loss ``CE(x, y) +
+    triggered_weight CE(x', y)`` with true labels y, the scores of filters, in eval mode and float32, the
+    rules by which pruning stops, and all constants. The paper stamps images with a trigger that it takes as
+    known; here triggers are inverted from clean images, for the classes that Neural Cleanse flags or else the
+    class with the smallest mask. If no mask works, the model comes back unchanged, and
+    ``diagnostics["action"]`` says so.
 
     How many filters go follows ``selection``: by default the guarded walk down the first scores; ``own``
     prunes the filter with the largest gradient, takes the gradients again, and so on, until the clean
