@@ -4,8 +4,10 @@
     python benchmarks/defence_speed.py --data DIR_WITH_TRAIN_PARQUET --width 64 --methods clp rnp mnp fp nc
 
 Prints, for each method, seconds, image passes by kind, what those passes cost when nothing else is done (same
-network, precision and threads, batch 128, timed right before and after), and the ratio. Without `--model`
-the network is trained on the clean images for a few epochs: decisions differ, passes cost the same.
+network, precision and threads, batch 128, timed right before and after), and the ratio. Passes in which parts
+of the network answered from memory ("replayed") are counted, and priced, as the share of full ones that they
+computed. Without `--model` the network is trained on the clean images for a few epochs: decisions differ,
+passes cost the same.
 """
 
 from __future__ import annotations
@@ -60,13 +62,18 @@ def main() -> None:
             purifier_named(name).purify(model, clean, generator=rng.generator(0))
         after = prices(model, clean)
         unit = {kind: (before[kind] + after[kind]) / 2 for kind in before}
-        bare = sum(unit[kind] * count for kind, count in cost.kinds.items())
+        bare = passes_bare(cost.kinds, unit)
         passes = ", ".join(f"{count} {kind}" for kind, count in sorted(cost.kinds.items()))
         print(
             f"| {name} | {cost.seconds:.1f} | {bare:.1f} | {cost.seconds / bare if bare else 0:.2f} | "
             f"{cost.peak_memory_mb or 0:.0f} | {passes} |",
             flush=True,
         )
+
+
+def passes_bare(kinds: Mapping[str, int], unit: Mapping[str, float]) -> float:
+    """Return what image passes cost by themselves, in seconds, at so many seconds an image of each kind."""
+    return sum(unit[kind.removesuffix(" replayed")] * count for kind, count in kinds.items())
 
 
 def network(options: argparse.Namespace, clean: LabelledImages) -> nn.Module:

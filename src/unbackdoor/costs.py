@@ -1,6 +1,7 @@
 """What a piece of work costs: image passes, seconds and memory, counted from outside.
 
-A method need not count for itself, and cannot count wrongly: calls of networks are seen by a hook.
+A method need not count for itself, and cannot count wrongly: calls of networks are seen by a hook. Only what
+answers from memory inside a network says so, with ``partial_pass``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_SHARE: ContextVar[float] = ContextVar("share of a pass that is computed", default=1.0)
 
 
 @dataclass
@@ -26,10 +29,12 @@ class Cost:
     """What was spent inside ``metered``; complete when the block is left.
 
     Args:
-        forward_images: Images that went forward through a network.
+        forward_images: Images that went forward through a network. A pass in which parts of the network
+            answered from memory (``partial_pass``) counts as the share of its images that it computed.
         backward_images: Images whose output received a gradient.
         kinds: The same by kind, which differ in price: ``forward`` or ``backward``, ``fp32`` or ``bf16``, and
             for backward passes ``weights`` where those learn, or ``frozen`` where masks or images alone do.
+            Shares of forward passes have ``replayed`` behind it; an image costs as much as in a full pass.
         seconds: Wall time.
         cpu_seconds: Processor time of this process, all threads.
         peak_memory_mb: Largest memory: allocated on the GPU if there is one in use, else resident in this
@@ -56,6 +61,20 @@ class Cost:
 
 
 @contextmanager
+def partial_pass(share: float) -> Iterator[None]:
+    """Let the passes inside the block count as ``share`` of as many images: the rest answers from memory.
+
+    Args:
+        share: Of the multiply-adds of a full pass, in [0, 1]; at 1 passes are full ones.
+    """
+    before = _SHARE.set(share)
+    try:
+        yield
+    finally:
+        _SHARE.reset(before)
+
+
+@contextmanager
 def metered() -> Iterator[Cost]:
     """Count what is spent inside the block.
 
@@ -79,11 +98,12 @@ def metered() -> Iterator[Cost]:
             or inputs[0].ndim != 4
         ):
             return
-        count = len(inputs[0])
-        cost.forward_images += count
+        count, share = len(inputs[0]), _SHARE.get()
         device = inputs[0].device.type
         precision = "bf16" if torch.is_autocast_enabled(device) else "fp32"
-        cost.kinds[f"forward {precision}"] += count
+        computed = count if share == 1 else round(share * count)
+        cost.forward_images += computed
+        cost.kinds[f"forward {precision}" if share == 1 else f"forward {precision} replayed"] += computed
         if isinstance(output, Tensor) and output.requires_grad:
             learns = any(parameter.requires_grad for parameter in module.parameters())
             kind = f"backward {precision} {'weights' if learns else 'frozen'}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor import rng
-from unbackdoor.compute import check_fits, logits_of, predictions_of
+from unbackdoor.compute import check_fits, device_of, logits_of, predictions_of
 from unbackdoor.data.splits import balanced_order, draw_balanced
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.evaluate import BackdoorMetrics, evaluate
@@ -217,6 +217,7 @@ class QueryAttack:
 
     def _descend(self, model: nn.Module, base: Tensor, wanted: Tensor) -> Tensor:
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        base, wanted = base.to(device_of(model)), wanted.to(device_of(model))
         delta = torch.zeros_like(base[0])
         rate = 2.5 * self.eps / self.steps
         for _ in range(self.steps):
@@ -224,7 +225,7 @@ class QueryAttack:
             loss = F.cross_entropy(frozen((base + delta).clamp(0, 1)), wanted)
             (gradient,) = torch.autograd.grad(loss, delta)
             delta = (delta.detach() - rate * gradient.sign()).clamp(-self.eps, self.eps)
-        return delta
+        return delta.cpu()
 
 
 def reactivation(

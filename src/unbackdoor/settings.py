@@ -25,30 +25,38 @@ def configure(method: Method, assignments: Sequence[str]) -> Method:
     Raises:
         InvalidInputError: If an option does not exist (near misses are suggested) or a value does not fit.
     """
+    read = []
     for assignment in assignments:
         path, equals, value = assignment.partition("=")
         if not equals:
             raise InvalidInputError(f"an option must read name=value, got {assignment!r}.")
-        method = _assign(method, path.strip().split("."), value.strip(), path.strip())
-    return method
+        read.append((path.strip().split("."), value.strip(), path.strip()))
+    # All at once: options that only make sense together may come in any order.
+    changed: Method = _assigned(method, read) if read else method
+    return changed
 
 
-def _assign(target: Any, path: list[str], value: str, full: str) -> Any:
-    names = [field.name for field in fields(target)]
-    if path[0] not in names:
-        near = difflib.get_close_matches(path[0], names, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InvalidInputError(f"unknown option {full!r}: {hint}known are {', '.join(names)}.")
-    current = getattr(target, path[0])
-    if len(path) > 1:
-        if not is_dataclass(current):
-            raise InvalidInputError(f"option {path[0]!r} has no parts, so {full!r} does not exist.")
-        return replace(target, **{path[0]: _assign(current, path[1:], value, full)})
-    if is_dataclass(current):
-        parts = ", ".join(f"{full}.{field.name}" for field in fields(current))
-        raise InvalidInputError(f"option {full!r} has parts; set one of {parts}.")
-    kind = get_type_hints(type(target))[path[0]]
-    return replace(target, **{path[0]: _parse(kind, value, full)})
+def _assigned(target: Any, assignments: Sequence[tuple[list[str], str, str]]) -> Any:
+    names, hints = [field.name for field in fields(target)], get_type_hints(type(target))
+    values: dict[str, Any] = {}
+    inner: dict[str, list[tuple[list[str], str, str]]] = {}
+    for path, value, full in assignments:
+        if path[0] not in names:
+            near = difflib.get_close_matches(path[0], names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InvalidInputError(f"unknown option {full!r}: {hint}known are {', '.join(names)}.")
+        current = getattr(target, path[0])
+        if len(path) > 1:
+            if not is_dataclass(current):
+                raise InvalidInputError(f"option {path[0]!r} has no parts, so {full!r} does not exist.")
+            inner.setdefault(path[0], []).append((path[1:], value, full))
+        elif is_dataclass(current):
+            parts = ", ".join(f"{full}.{field.name}" for field in fields(current))
+            raise InvalidInputError(f"option {full!r} has parts; set one of {parts}.")
+        else:
+            values[path[0]] = _parse(hints[path[0]], value, full)
+    values |= {name: _assigned(getattr(target, name), parts) for name, parts in inner.items()}
+    return replace(target, **values)
 
 
 def _parse(kind: Any, value: str, full: str) -> Any:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from unbackdoor.costs import metered
+from unbackdoor.costs import metered, partial_pass
 from unbackdoor.testing.subjects import small_network
 
 IMAGES = torch.rand(5, 3, 12, 12)
@@ -76,3 +76,17 @@ def test_memory_is_that_of_the_block() -> None:
         pytest.skip("this system does not tell the peak memory of a process")
     assert large.peak_memory_mb > small.peak_memory_mb + 200
     assert set(large.describe()) >= {"forward_images", "backward_images", "seconds", "peak_memory_mb"}
+
+
+def test_a_partial_pass_counts_as_its_share() -> None:
+    model = small_network()
+    with metered() as cost:
+        with torch.no_grad(), partial_pass(0.4):
+            model(IMAGES)
+        with pytest.raises(RuntimeError), partial_pass(0.4):
+            model(torch.rand(2, 5, 12, 12))
+        model(IMAGES)
+        with partial_pass(1.0):
+            model(IMAGES)
+    assert cost.forward_images == 12
+    assert cost.kinds == {"forward fp32 replayed": 2, "forward fp32": 10}

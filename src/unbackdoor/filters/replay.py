@@ -2,6 +2,7 @@
 
 What ran before a layer in a forward pass cannot depend on it, whatever the architecture. So modules that
 finished before the changed one begins answer from memory. That is exact: equal bits, not an approximation.
+``costs`` counts the share of the multiply-adds, in convolutions and linear layers, that is done again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.compute import EVALUATION_BATCH, device_of, memory_format_for, mode
+from unbackdoor.costs import partial_pass
 from unbackdoor.types import as_float
 
 MEMORY = 4 * 2**30
@@ -27,6 +29,23 @@ class _Call:
     start: int
     end: int
     output: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Observed:
+    """What one pass showed.
+
+    Args:
+        logits: ``(n, K)``.
+        starts: When each module first ran.
+        calls: What can be answered from memory.
+        work: When a call of a layer ended, and its multiply-adds.
+    """
+
+    logits: Tensor
+    starts: dict[str, int]
+    calls: dict[str, _Call]
+    work: list[tuple[int, int]]
 
 
 @dataclass(eq=False)
@@ -47,19 +66,21 @@ class Replay:
     _starts: dict[str, int] = field(default_factory=dict)
     _passes: list[Mapping[str, _Call]] = field(default_factory=list)
     _checked: dict[int, bool] = field(default_factory=dict)
+    _work: list[tuple[int, int]] = field(default_factory=list)
+    _shares: dict[int, float] = field(default_factory=dict)
 
     def record(self) -> Tensor:
         """Run in full, remember what the modules returned, and give the logits ``(N, K)``.
 
         To be called whenever weights have changed for good.
         """
-        self._passes, self._starts, used, logits = [], {}, 0, []
+        self._passes, self._starts, self._shares, used, logits = [], {}, {}, 0, []
         for part in self._parts():
-            result, starts, calls = _observed(self.model, part, remember=used <= self.memory)
-            logits.append(result)
-            used += _bytes(calls)
-            self._passes.append(calls)
-            self._starts = starts
+            seen = _observed(self.model, part, remember=used <= self.memory)
+            logits.append(seen.logits)
+            used += _bytes(seen.calls)
+            self._passes.append(seen.calls)
+            self._starts, self._work = seen.starts, seen.work
         if used > self.memory:
             self._passes = [{} for _ in self._passes]
         return torch.cat(logits)
@@ -87,11 +108,24 @@ class Replay:
 
     def _run(self, start: int) -> Tensor:
         parts = []
-        with torch.no_grad(), mode(self.model, training=False):
+        with torch.no_grad(), mode(self.model, training=False), partial_pass(self._share(start)):
             for part, calls in zip(self._parts(), self._passes, strict=True):
                 with _answering(self.model, {n: c.output for n, c in calls.items() if c.end < start}):
                     parts.append(self.model(part))
         return torch.cat(parts)
+
+    def _share(self, start: int) -> float:
+        """Return the share of the multiply-adds that a pass from ``start`` on does again."""
+        if start not in self._shares:
+            answered = [(c.start, c.end) for c in self._passes[-1].values() if c.end < start]
+            again = [
+                count
+                for end, count in self._work
+                if not any(first <= end <= last for first, last in answered)
+            ]
+            total = sum(count for _, count in self._work)
+            self._shares[start] = sum(again) / total if total else 1.0
+        return self._shares[start]
 
     def _parts(self) -> Iterator[Tensor]:
         device, layout = device_of(self.model), memory_format_for(self.model)
@@ -99,14 +133,13 @@ class Replay:
             yield as_float(part.to(device)).contiguous(memory_format=layout)
 
 
-def _observed(
-    model: nn.Module, images: Tensor, *, remember: bool
-) -> tuple[Tensor, dict[str, int], dict[str, _Call]]:
-    """Run once; return the logits, when each module first ran, and what can be answered from memory."""
+def _observed(model: nn.Module, images: Tensor, *, remember: bool) -> _Observed:
+    """Run once and watch."""
     clock = 0
     starts: dict[str, int] = {}
     open_calls: dict[str, int] = {}
     seen: dict[str, list[tuple[_Call, int] | None]] = {}
+    work: list[tuple[int, int]] = []
 
     def enter(name: str) -> None:
         nonlocal clock
@@ -114,9 +147,11 @@ def _observed(
         starts.setdefault(name, clock)
         open_calls[name] = clock
 
-    def leave(name: str, output: object) -> None:
+    def leave(name: str, module: nn.Module, output: object) -> None:
         nonlocal clock
         clock += 1
+        if isinstance(module, nn.Conv2d | nn.Linear) and isinstance(output, Tensor):
+            work.append((clock, output.numel() * module.weight.shape[1:].numel()))
         plain = isinstance(output, Tensor) and remember
         call = (_Call(open_calls[name], clock, output), output._version) if plain else None  # type: ignore[attr-defined, arg-type]
         seen.setdefault(name, []).append(call)
@@ -126,7 +161,7 @@ def _observed(
         if name:
             handles += [
                 module.register_forward_pre_hook(lambda *_, name=name: enter(name)),
-                module.register_forward_hook(lambda *given, name=name: leave(name, given[-1])),
+                module.register_forward_hook(lambda *given, name=name: leave(name, given[0], given[-1])),
             ]
     try:
         with torch.no_grad(), mode(model, training=False):
@@ -139,7 +174,7 @@ def _observed(
         # What ran twice, or was changed in place afterwards, is computed again.
         if len(found) == 1 and found[0] is not None and found[0][0].output._version == found[0][1]:
             calls[name] = found[0][0]
-    return logits, starts, calls
+    return _Observed(logits, starts, calls, work)
 
 
 def _bytes(calls: Mapping[str, _Call]) -> int:

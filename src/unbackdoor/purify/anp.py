@@ -27,7 +27,7 @@ from unbackdoor.filters.groups import find_filters
 from unbackdoor.filters.mask import PruneMode
 from unbackdoor.filters.select import below
 from unbackdoor.neuron_noise import Target, ascended, perturbed_tensors, random_noise, targets_of
-from unbackdoor.purify.selection import Selection, select
+from unbackdoor.purify.selection import Selection, divide, exposed_copy, select
 from unbackdoor.train import Batch, batches
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
@@ -127,12 +127,16 @@ class ANP:
         """
         check_fits(model, clean, purpose="purification", at_least=2)
         filter_map = find_filters(model, as_float(clean.images[:1]))
+        learning, guarding = divide(clean, self.selection.held_out_fraction, generator)
         targets = targets_of(filter_map)
-        masks, losses = self._learn(model, clean, targets, rng.spawn(generator), progress)
+        masks, losses = self._learn(model, learning, targets, rng.spawn(generator), progress)
         scores = {name: mask.detach().float().cpu() for name, mask in masks.items()}
+        exposed = exposed_copy(
+            model, learning, guarding, self.selection, generator=generator, progress=progress
+        )
         selected = select(
-            model, clean, filter_map, scores, self.selection,
-            own=below(scores, self.threshold), prune_mode=self.prune_mode, progress=progress,
+            model, guarding, filter_map, scores, self.selection,
+            own=below(scores, self.threshold), exposed=exposed, prune_mode=self.prune_mode, progress=progress,
         )  # fmt: skip
         return Purified(
             model=selected.mask.apply(model, filter_map, prune_mode=self.prune_mode),

@@ -14,7 +14,7 @@ from unbackdoor.errors import UnsupportedModelError
 from unbackdoor.filters.groups import FilterMap, Norm, find_filters
 from unbackdoor.filters.mask import PruneMode
 from unbackdoor.purify.clp import check_u, far_below, standardised
-from unbackdoor.purify.selection import Selection, select
+from unbackdoor.purify.selection import Selection, divide, exposed_copy, select
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
 
@@ -75,7 +75,7 @@ class BNP:
         Args:
             model: Takes float images in [0, 1]; left untouched.
             clean: Clean images with labels; the labels serve the guarded walk alone.
-            generator: Unused: there is nothing random.
+            generator: For held-out images and an exposed copy, if asked for; on the CPU.
             progress: Called during the guarded walk.
 
         Raises:
@@ -84,11 +84,15 @@ class BNP:
         """
         check_fits(model, clean, purpose="purification", at_least=2)
         filter_map = find_filters(model, as_float(clean.images[:1]))
-        divergences = clean_divergences(model, clean, filter_map)
+        learning, guarding = divide(clean, self.selection.held_out_fraction, generator)
+        divergences = clean_divergences(model, learning, filter_map)
         scores = standardised({name: -values for name, values in divergences.items()})
+        exposed = exposed_copy(
+            model, learning, guarding, self.selection, generator=generator, progress=progress
+        )
         selected = select(
-            model, clean, filter_map, scores, self.selection,
-            own=far_below(scores, self.u), prune_mode=self.prune_mode, progress=progress,
+            model, guarding, filter_map, scores, self.selection,
+            own=far_below(scores, self.u), exposed=exposed, prune_mode=self.prune_mode, progress=progress,
         )  # fmt: skip
         return Purified(
             model=selected.mask.apply(model, filter_map, prune_mode=self.prune_mode),

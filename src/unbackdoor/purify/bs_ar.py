@@ -25,12 +25,14 @@ class BSAR:
     """Fine-tune while a regulariser shrinks the filters that clean images need least. A reconstruction.
 
     Source: Fan, Liu, Chen, Liu, Guo, "Defense against Backdoor Attacks via Identifying and Purifying Bad
-    Neurons", 2022, arXiv 2208.06537. Reconstructed from the paper's abstract and introduction and from what
-    the first author's public code computes; the paper's formulas were not seen. Benign salience of a
-    parameter is ``-theta dCE/dtheta``, the first-order estimate of what the clean loss rises by without it;
-    a filter's is the sum over its weight. The filters of lowest salience are suspects. Fine-tuning
-    minimises ``CE + alpha sum R(theta)`` over them, where R(theta) is |theta| up to 1 and exp(|theta| - 1)
-    beyond: large parameters are pulled the harder the larger they are, small ones as by an l1 norm.
+    Neurons", 2022, arXiv 2208.06537. Benign salience of a parameter is ``-theta dCE/dtheta``, the
+    first-order estimate of what the clean loss rises by without it; a filter's is the sum over its weight.
+    The filters of lowest salience are suspects. Fine-tuning minimises ``CE + alpha sum R(theta)`` over them,
+    where R(theta) is |theta| up to 1 and exp(|theta| - 1) beyond: large parameters are pulled the harder the
+    larger they are, small ones as by an l1 norm.
+
+    Reconstructed from the paper's abstract and introduction and from what the first author's public code
+    computes; the paper's formulas were not seen.
 
     Choices of ours where nothing is known: salience is measured in eval mode once an epoch, since in train
     mode that of a filter before a batch norm is zero but for rounding; for the same reason a suspect filter

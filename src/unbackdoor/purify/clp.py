@@ -13,7 +13,7 @@ from unbackdoor.compute import check_fits
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterGroup, FilterMap, find_filters
 from unbackdoor.filters.mask import PruneMode
-from unbackdoor.purify.selection import Selection, select
+from unbackdoor.purify.selection import Selection, divide, exposed_copy, select
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
 
@@ -77,7 +77,7 @@ class CLP:
         Args:
             model: Takes float images in [0, 1]; left untouched.
             clean: Clean images with labels; one is enough for the paper's rule.
-            generator: Unused: there is nothing random.
+            generator: For held-out images and an exposed copy, if asked for; on the CPU.
             progress: Called during the guarded walk.
 
         Raises:
@@ -86,11 +86,15 @@ class CLP:
         """
         check_fits(model, clean, purpose="purification")
         filter_map = find_filters(model, as_float(clean.images[:1]))
+        learning, guarding = divide(clean, self.selection.held_out_fraction, generator)
         constants = lipschitz_constants(model, filter_map, layers=self.layers)
         scores = standardised({name: -values for name, values in constants.items()})
+        exposed = exposed_copy(
+            model, learning, guarding, self.selection, generator=generator, progress=progress
+        )
         selected = select(
-            model, clean, filter_map, scores, self.selection,
-            own=far_below(scores, self.u), prune_mode=self.prune_mode, progress=progress,
+            model, guarding, filter_map, scores, self.selection,
+            own=far_below(scores, self.u), exposed=exposed, prune_mode=self.prune_mode, progress=progress,
         )  # fmt: skip
         return Purified(
             model=selected.mask.apply(model, filter_map, prune_mode=self.prune_mode),

@@ -16,10 +16,10 @@ from unbackdoor.compute import EVALUATION_BATCH, check_fits, device_of, memory_f
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterGroup, FilterMap, find_filters
 from unbackdoor.filters.mask import FilterMask
-from unbackdoor.filters.select import Guard, Step
+from unbackdoor.filters.select import Step
 from unbackdoor.purify.copies import fine_tuned
 from unbackdoor.purify.ft import training_summary
-from unbackdoor.purify.selection import Selection
+from unbackdoor.purify.selection import Selection, divide, exposed_copy, guarded_units
 from unbackdoor.train import Batch, LossStep, Recipe
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
@@ -49,7 +49,8 @@ class FP:
     Args:
         ranking: ``absolute`` is the mean of |a|, the same as ``mean`` for rectified units; ``mean`` is the
             paper's, under which units that are negative for clean images go first.
-        selection: How many units go; its ``candidates`` and ``fraction`` are shares of the units.
+        selection: How many units go; its ``candidates`` and ``fraction`` are shares of the units, and its
+            guard's ``screen`` has no part: trials are cheap.
         tolerance: For ``own``: largest loss of clean accuracy, relative to what it was, in [0, 1).
         recipe: Of the fine-tuning; None to prune only.
     """
@@ -103,16 +104,27 @@ class FP:
         """
         check_fits(model, clean, purpose="purification", at_least=2)
         filter_map = find_filters(model, as_float(clean.images[:1]))
-        units = _find_units(model, filter_map, clean.images)
+        learning, guarding = divide(clean, self.selection.held_out_fraction, generator)
+        units = _find_units(model, filter_map, learning.images)
         scores = _activations(units, self.ranking)
         ranked = torch.argsort(scores, stable=True).tolist()
-        removed, steps = self._choose(_Sweep.of(model, units, clean.labels), units.layer, ranked, progress)
+        same = guarding is learning
+        features = units.features if same else _watch(model, units.head, guarding.images).features
+        sweep = _Sweep.of(model, units, features, guarding.labels)
+        exposed = exposed_copy(
+            model, learning, guarding, self.selection, generator=generator, progress=progress
+        )
+        copy = None
+        if exposed is not None:
+            seen = _watch(exposed.model, units.head, guarding.images)
+            copy = _Sweep.of(exposed.model, units, seen.features, guarding.labels)
+        removed, steps = self._choose(sweep, copy, units.layer, ranked, progress)
         pruned, mask = units.silenced(model, filter_map, removed)
         record = None
         if self.recipe is not None:
             step = masked_head_step(f"{units.head}.weight", units.columns(removed))
             pruned, record = fine_tuned(
-                pruned, clean, self.recipe, generator=generator, loss_step=step, progress=progress
+                pruned, learning, self.recipe, generator=generator, loss_step=step, progress=progress
             )
         return Purified(
             model=pruned,
@@ -121,13 +133,13 @@ class FP:
             diagnostics={
                 "options": asdict(self),
                 "units": {"layer": units.layer, "removed": removed, "activations": scores.tolist()},
-                "walk": [asdict(each) for each in steps],
+                "walk": [each.describe() for each in steps],
                 "fine_tuning": training_summary(record) if record else None,
             },
         )
 
     def _choose(
-        self, sweep: _Sweep, layer: str, ranked: Sequence[int], progress: Progress
+        self, sweep: _Sweep, copy: _Sweep | None, layer: str, ranked: Sequence[int], progress: Progress
     ) -> tuple[list[int], list[Step]]:
         selection = self.selection
         if selection.amount == "count":
@@ -137,7 +149,10 @@ class FP:
         if selection.amount == "own":
             return _until_worse(sweep, layer, ranked, self.tolerance, progress)
         candidates = ranked[: max(1, round(selection.guard.candidates * len(ranked)))]
-        return _guarded(sweep, layer, candidates, selection.guard, progress)
+        exposed = (lambda gone: copy.measure(gone)[0]) if copy else None
+        return guarded_units(
+            sweep.measure, layer, candidates, selection.guard, exposed=exposed, progress=progress
+        )
 
 
 def masked_head_step(weight: str, columns: Tensor) -> LossStep:
@@ -305,12 +320,12 @@ class _Sweep:
     labels: Tensor
 
     @staticmethod
-    def of(model: nn.Module, units: _Units, labels: Tensor) -> _Sweep:
+    def of(model: nn.Module, units: _Units, features: Tensor, labels: Tensor) -> _Sweep:
         layer = model.get_submodule(units.head)
         assert isinstance(layer, nn.Linear)
         weight = layer.weight.detach().float().unflatten(1, units.features.shape[1:])
         bias = None if layer.bias is None else layer.bias.detach().float()
-        return _Sweep(units.features.flatten(1), weight, bias, labels.to(weight.device))
+        return _Sweep(features.flatten(1), weight, bias, labels.to(weight.device))
 
     def measure(self, removed: Sequence[int]) -> tuple[float, float]:
         """Return mean cross-entropy and accuracy without the units ``removed``."""
@@ -341,26 +356,4 @@ def _until_worse(
         now = loss
         progress("pruning", len(removed), len(ranked))
     progress("pruning", len(ranked), len(ranked))
-    return removed, steps
-
-
-def _guarded(
-    sweep: _Sweep, layer: str, candidates: Sequence[int], guard: Guard, progress: Progress
-) -> tuple[list[int], list[Step]]:
-    """Apply ``filters.select.guarded_walk``'s rule to units of the head."""
-    removed, steps = list[int](), list[Step]()
-    start, start_accuracy = now, now_accuracy = sweep.measure([])
-    for done, unit in enumerate(candidates):
-        loss, accuracy = sweep.measure([*removed, unit])
-        change = loss - now
-        accepted = (
-            change <= guard.per_filter
-            and loss - start <= guard.total
-            and start_accuracy - accuracy <= guard.accuracy + 1e-9
-        )
-        if accepted:
-            now, now_accuracy = loss, accuracy
-            removed.append(unit)
-        steps.append(Step(layer, unit, change, math.nan, accepted, now_accuracy))
-        progress("pruning", done + 1, len(candidates))
     return removed, steps

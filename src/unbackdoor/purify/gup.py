@@ -26,7 +26,7 @@ from unbackdoor.filters.select import order
 from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.purify.copies import fine_tuned, handed_back, working_copy
 from unbackdoor.purify.nc import suspects
-from unbackdoor.purify.selection import Selection, select
+from unbackdoor.purify.selection import Selection, divide, exposed_copy, select
 from unbackdoor.train import Batch, LossStep, Recipe, cross_entropy_step
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
@@ -36,14 +36,15 @@ class GUP:
     """Prune the filters with the largest gradients of an unlearning loss, then fine-tune shortly.
 
     Source: Dunnett et al., "Unlearning Backdoor Attacks through Gradient-Based Model Pruning", 2024, arXiv
-    2405.03918. A reconstruction: of the paper, the idea (an unlearning loss whose gradients expose filters,
-    pruned one after the other, then a short fine-tune) is certain. These are ours: the loss ``CE(x, y) +
-    triggered_weight CE(x', y)`` with true labels y, the scores of filters, in eval mode and float32, the
-    rules by which pruning stops, and all constants. Works with any norm.
+    2405.03918. Known of it: the gradients of an unlearning loss expose filters, which are pruned one after
+    the other; a short fine-tune follows. Works with any norm.
 
-    The paper stamps images with a trigger that it takes as known; here triggers are inverted from clean
-    images, for the classes that Neural Cleanse flags or else the class with the smallest mask. If no mask
-    works, the model comes back unchanged, and ``diagnostics["action"]`` says so.
+    Reconstructed: nearly everything else, as no code was at hand. Ours are the loss ``CE(x, y) +
+    triggered_weight CE(x', y)`` with true labels y, the scores of filters, in eval mode and float32, the
+    rules by which pruning stops, and all constants. The paper stamps images with a trigger that it takes as
+    known; here triggers are inverted from clean images, for the classes that Neural Cleanse flags or else the
+    class with the smallest mask. If no mask works, the model comes back unchanged, and
+    ``diagnostics["action"]`` says so.
 
     How many filters go follows ``selection``: by default the guarded walk down the first scores; ``own``
     prunes the filter with the largest gradient, takes the gradients again, and so on, until the clean
@@ -133,9 +134,10 @@ class GUP:
         """
         check_fits(model, clean, purpose="purification", at_least=2)
         filter_map = find_filters(model, as_float(clean.images[:1]))
+        learning, guarding = divide(clean, self.selection.held_out_fraction, generator)
         triggers, found = suspects(
             model,
-            clean,
+            learning,
             self.inversion,
             threshold=self.anomaly_threshold,
             fewest=self.fewest_classes,
@@ -151,18 +153,23 @@ class GUP:
         }
         if not triggers:
             return Purified(handed_back(working_copy(model), model), None, {}, diagnostics)
-        first = unlearning_pass(model, clean, triggers, filter_map, self.score, weight=self.triggered_weight)
+        first = unlearning_pass(
+            model, learning, triggers, filter_map, self.score, weight=self.triggered_weight
+        )
         own: list[tuple[str, int]] = []
         if self.selection.amount == "own":
-            own = self._own(model, clean, triggers, filter_map, first, diagnostics, progress)
+            own = self._own(model, learning, triggers, filter_map, first, diagnostics, progress)
+        exposed = exposed_copy(
+            model, learning, guarding, self.selection, generator=generator, progress=progress
+        )
         selected = select(
-            model, clean, filter_map, first.scores, self.selection,
-            own=own, prune_mode=self.prune_mode, progress=progress,
+            model, guarding, filter_map, first.scores, self.selection,
+            own=own, exposed=exposed, prune_mode=self.prune_mode, progress=progress,
         )  # fmt: skip
         pruned = selected.mask.apply(model, filter_map, prune_mode=self.prune_mode)
         if self.recipe is not None:
             pruned, record = fine_tuned(
-                pruned, clean, self.recipe, generator=generator,
+                pruned, learning, self.recipe, generator=generator,
                 loss_step=keeping_cleared(selected.mask, filter_map, self.prune_mode), progress=progress,
             )  # fmt: skip
             pruned = selected.mask.apply(pruned, filter_map, prune_mode=self.prune_mode)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from unbackdoor import rng
 from unbackdoor.compute import check_fits
-from unbackdoor.data.splits import split
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.magnitude import layer_normalised, magnitudes
@@ -21,6 +20,7 @@ from unbackdoor.filters.select import Exposed, Guard, Step, below, guarded_walk,
 from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.masks import LearntMasks, MaskTraining, learn_masks
 from unbackdoor.purify.nc import suspects
+from unbackdoor.purify.selection import divide
 from unbackdoor.suppression import Suppressed, Suppression, suppress
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, quantise, silent
 
@@ -77,7 +77,8 @@ class MNP:
             decide.
         score: ``m1``, ``sum`` (M1 + M2, the paper's), or ``rank_sum`` (of their ranks).
         literal_line12: Clip M2 from M1 as Algorithm 1 line 12 prints; M2 is then 1 for ever.
-        amount: How many filters go: ``guarded``, ``count``, ``fraction`` or ``threshold``.
+        amount: How many filters go: ``guarded``, ``count``, ``fraction`` or ``threshold``. A count or a
+            fraction is that of all ways of exposing together: what the first takes, the next cannot.
         count: For ``count``; the paper's 30 is 0.6 % of a ResNet-18 of width 64.
         fraction: For ``fraction``, of the prunable filters, in [0, 1].
         threshold: For ``threshold``: prune scores at or below it.
@@ -182,7 +183,7 @@ class MNP:
         """
         check_fits(model, clean, purpose="purification", at_least=2)
         filter_map = find_filters(model, as_float(clean.images[:1]))
-        learning, guarding = self._split(clean, generator)
+        learning, guarding = divide(clean, self.held_out_fraction, generator)
         run = _Run(self, model, filter_map, learning, guarding, progress)
         expose = {"inversion": run.by_inversion, "suppression": run.by_suppression}
         for way in self.exposures:
@@ -201,13 +202,6 @@ class MNP:
                 "untreated": [asdict(item) for item in filter_map.untreated],
             },
         )
-
-    def _split(
-        self, clean: LabelledImages, generator: torch.Generator
-    ) -> tuple[LabelledImages, LabelledImages]:
-        if self.held_out_fraction == 0:
-            return clean, clean
-        return split(clean, self.held_out_fraction, rng.spawn(generator))
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,19 +359,20 @@ class _Run:
         self, exposed: Exposed | None, scores: Mapping[str, Tensor], ranked: list[tuple[str, int]]
     ) -> tuple[FilterMask, list[Step]]:
         method, full = self.method, FilterMask.full(self.filter_map)
-        if method.amount == "count":
-            return full.without(ranked[: method.count]), []
-        if method.amount == "fraction":
-            return full.without(ranked[: round(method.fraction * len(ranked))]), []
-        if method.amount == "threshold":
-            return full.without(below(scores, method.threshold)), []
         gone = set(self.mask.removed())
-        looked_at = [place for place in ranked if place not in gone]
+        left = [place for place in ranked if place not in gone]
+        if method.amount == "threshold":
+            low = set(below(scores, method.threshold))
+            return full.without(place for place in left if place in low), []
+        if method.amount != "guarded":
+            # One budget for all ways of exposing: what the ways before took is spent.
+            budget = method.count if method.amount == "count" else round(method.fraction * len(ranked))
+            return full.without(left[: max(0, budget - len(gone))]), []
         return guarded_walk(
             self.pruned(),
             self.guarding,
             self.filter_map,
-            looked_at[: max(1, round(method.guard.candidates * len(ranked)))],
+            left[: max(1, round(method.guard.candidates * len(ranked)))],
             method.guard,
             exposed=exposed,
             reference=self.model,

@@ -16,10 +16,10 @@ from unbackdoor.compute import check_fits
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.groups import find_filters
 from unbackdoor.filters.head import head_features, linear_head
-from unbackdoor.filters.select import order
+from unbackdoor.filters.select import Exposed, Step, order
 from unbackdoor.inversion import Inversion, InvertedTrigger, anomaly_indices, invert_all, norms_of
 from unbackdoor.purify.copies import fine_tuned, handed_back, working_copy
-from unbackdoor.purify.selection import Selection
+from unbackdoor.purify.selection import Selection, divide, exposed_copy, guarded_units
 from unbackdoor.train import Batch, LossStep, Recipe
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
@@ -52,7 +52,7 @@ class NC:
         mitigation: ``unlearn`` or ``prune``.
         recipe: Unlearning; its epochs are passes over the clean images.
         stamped_fraction: Share of each batch that carries an inverted trigger, in (0, 1]; at least one image.
-        selection: How many penultimate units go, for ``prune``.
+        selection: How many penultimate units go, for ``prune``; its guard's ``screen`` has no part.
         own_success: With ``own``, prune until the inverted triggers' success is at most this, in [0, 1].
     """
 
@@ -132,9 +132,12 @@ class NC:
         """
         check_fits(model, clean, purpose="purification", at_least=2)
         find_filters(model, as_float(clean.images[:1]))
+        prunes = self.mitigation == "prune"
+        held_out = self.selection.held_out_fraction if prunes else 0.0
+        learning, guarding = divide(clean, held_out, generator)
         acted, found = suspects(
             model,
-            clean,
+            learning,
             self.inversion,
             threshold=self.anomaly_threshold,
             fewest=self.fewest_classes,
@@ -149,11 +152,14 @@ class NC:
         }
         if not acted:
             return Purified(handed_back(working_copy(model), model), None, {}, diagnostics)
-        if self.mitigation == "prune":
-            return self._prune(model, clean, acted, diagnostics, progress)
+        if prunes:
+            exposed = exposed_copy(
+                model, learning, guarding, self.selection, generator=generator, progress=progress
+            )
+            return self._prune(model, learning, guarding, exposed, acted, diagnostics, progress)
         work, record = fine_tuned(
             model,
-            clean,
+            learning,
             self.recipe,
             generator=generator,
             loss_step=stamped_step(acted, self.stamped_fraction),
@@ -165,27 +171,40 @@ class NC:
     def _prune(
         self,
         model: nn.Module,
-        clean: LabelledImages,
+        learning: LabelledImages,
+        guarding: LabelledImages,
+        exposed: Exposed | None,
         triggers: Sequence[InvertedTrigger],
         diagnostics: Mapping[str, Any],
         progress: Progress,
     ) -> Purified:
-        head = linear_head(model, clean.images)
-        before = head_features(model, head, clean.images)
-        stamped = [head_features(model, head, trigger(clean.floats())) for trigger in triggers]
+        head = linear_head(model, learning.images)
+        before = head_features(model, head, learning.images)
+        stamped = [head_features(model, head, trigger(learning.floats())) for trigger in triggers]
+        guarded = before if guarding is learning else head_features(model, head, guarding.images)
         rises = torch.stack([(after - before).mean(0) for after in stamped])
-        scores = {f"{head}.inputs": -rises.amax(0).cpu()}
+        units = f"{head}.inputs"
+        scores = {units: -rises.amax(0).cpu()}
         work = working_copy(model)
         layer = work.get_submodule(head)
         assert isinstance(layer, nn.Linear)
-        walk = _Walk(layer, before, stamped, triggers, clean.labels.to(before.device))
+        copy = None
+        if exposed is not None:
+            copied = exposed.model.get_submodule(head)
+            copy = copied, head_features(exposed.model, head, guarding.images)
+        labels, guarded_labels = (part.labels.to(before.device) for part in (learning, guarding))
+        walk = _Walk(layer, units, guarded, guarded_labels, copy, stamped, triggers, labels)
         ranked = [unit for _, unit in order(scores)]
-        excited = int((scores[f"{head}.inputs"] < 0).sum())
-        removed = walk.remove(ranked, self.selection, excited, self.own_success)
+        excited = int((scores[units] < 0).sum())
+        removed, steps = walk.remove(ranked, self.selection, excited, self.own_success)
         progress("pruning units", 1, 1)
         with torch.no_grad():
             layer.weight[:, removed] = 0.0
-        found = {"pruned_units": removed, "trigger_success": walk.success(walk.keeping(removed))}
+        found = {
+            "pruned_units": removed,
+            "trigger_success": walk.success(walk.keeping(removed)),
+            "walk": [step.describe() for step in steps],
+        }
         return Purified(handed_back(work, model), None, scores, {**diagnostics, **found})
 
 
@@ -270,10 +289,24 @@ def stamped_step(triggers: Sequence[InvertedTrigger], fraction: float) -> LossSt
 
 @dataclass(frozen=True, eq=False)
 class _Walk:
-    """Pruning units on features that were computed once: each trial costs one product with the head."""
+    """Pruning units on features that were computed once: each trial costs one product with the head.
+
+    Args:
+        head: The linear layer.
+        units: What its inputs are called.
+        clean: Features ``(N, F)`` of the images on which the cost is measured.
+        clean_labels: Their labels.
+        copy: The head and the features of the same images in an exposed copy, if there is one.
+        stamped: For each trigger, features of the images that learn, stamped with it.
+        triggers: The triggers.
+        labels: The labels of the images that learn.
+    """
 
     head: nn.Linear
+    units: str
     clean: Tensor
+    clean_labels: Tensor
+    copy: tuple[nn.Module, Tensor] | None
     stamped: Sequence[Tensor]
     triggers: Sequence[InvertedTrigger]
     labels: Tensor
@@ -295,32 +328,30 @@ class _Walk:
         return max(rates)
 
     @torch.no_grad()
-    def _quality(self, keep: Tensor) -> tuple[float, float]:
-        logits = self.head(self.clean * keep)
-        loss = float(F.cross_entropy(logits, self.labels))
-        return loss, float((logits.argmax(1) == self.labels).float().mean())
+    def measure(self, removed: Sequence[int]) -> tuple[float, float]:
+        """Return mean clean cross-entropy and accuracy without the units ``removed``."""
+        logits = self.head(self.clean * self.keeping(removed))
+        loss = float(F.cross_entropy(logits, self.clean_labels))
+        return loss, float((logits.argmax(1) == self.clean_labels).float().mean())
+
+    @torch.no_grad()
+    def _copy_loss(self, removed: Sequence[int]) -> float:
+        assert self.copy is not None
+        head, features = self.copy
+        return float(F.cross_entropy(head(features * self.keeping(removed)), self.clean_labels))
 
     def remove(
         self, ranked: Sequence[int], selection: Selection, excited: int, own_success: float
-    ) -> list[int]:
-        """Return the units that go, by the rule of ``selection``."""
+    ) -> tuple[list[int], list[Step]]:
+        """Return the units that go, by the rule of ``selection``, and the steps of its guarded walk."""
         if selection.amount == "count":
-            return list(ranked[: selection.count])
+            return list(ranked[: selection.count]), []
         if selection.amount == "fraction":
-            return list(ranked[: round(selection.fraction * len(ranked))])
+            return list(ranked[: round(selection.fraction * len(ranked))]), []
         if selection.amount == "own":
             # Units that the trigger does not excite cannot carry it, whatever its success.
             enough = (n for n in range(excited + 1) if self.success(self.keeping(ranked[:n])) <= own_success)
-            return list(ranked[: next(enough, excited)])
-        guard, removed = selection.guard, list[int]()
-        start = now = self._quality(self.keeping(removed))
-        for unit in ranked[: max(1, round(guard.candidates * len(ranked)))]:
-            new = self._quality(self.keeping([*removed, unit]))
-            if (
-                new[0] - now[0] <= guard.per_filter
-                and new[0] - start[0] <= guard.total
-                and start[1] - new[1] <= guard.accuracy + 1e-9
-            ):
-                removed.append(unit)
-                now = new
-        return removed
+            return list(ranked[: next(enough, excited)]), []
+        candidates = ranked[: max(1, round(selection.guard.candidates * len(ranked)))]
+        exposed = self._copy_loss if self.copy else None
+        return guarded_units(self.measure, self.units, candidates, selection.guard, exposed=exposed)

@@ -13,9 +13,9 @@ from unbackdoor.compute import check_fits
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.mask import PruneMode
-from unbackdoor.filters.select import below
+from unbackdoor.filters.select import Exposed, below
 from unbackdoor.masks import LearntMasks, MaskTraining, learn_masks
-from unbackdoor.purify.selection import Selection, select
+from unbackdoor.purify.selection import Selection, divide, select
 from unbackdoor.suppression import Suppressed, Suppression, suppress
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
@@ -40,6 +40,9 @@ class RNP:
     Masks exist for layers that a batch norm with a scale follows; others lose no filter. For networks
     without batch norm take ``masks=MaskTraining(target="filter", norm_mode="eval")``: masks then multiply
     the filters' weights, in all layers but the head.
+
+    The paper's first use of an unlearnt copy, to find the filters for other pruning methods, is
+    ``selection.expose`` of those; here the copy is the one that the masks are learnt on.
 
     Args:
         unlearning: How the clean task is unlearnt; its ``stop_accuracy`` is CA_min.
@@ -119,19 +122,23 @@ class RNP:
         """
         check_fits(model, clean, purpose="purification", at_least=2)
         filter_map = find_filters(model, as_float(clean.images[:1]))
+        learning, guarding = divide(clean, self.selection.held_out_fraction, generator)
         masked = _masked_layers(filter_map, self.masks.target)
-        unlearnt = suppress(model, clean, self.unlearning, generator=rng.spawn(generator), progress=progress)
+        unlearnt = suppress(
+            model, learning, self.unlearning, generator=rng.spawn(generator), progress=progress
+        )
         reached = unlearnt.accuracies[-1] <= self.unlearning.stop_accuracy
         if not reached and self.on_not_reached == "raise":
             raise UnsupportedModelError(
                 f"unlearning left a clean accuracy of {unlearnt.accuracies[-1]:.3f}, above CA_min = "
                 f"{self.unlearning.stop_accuracy}; raise unlearning.budget or unlearning.learning_rate."
             )
-        recovered = self._recover(unlearnt.model, clean, filter_map, rng.spawn(generator), progress)
+        recovered = self._recover(unlearnt.model, learning, filter_map, rng.spawn(generator), progress)
         scores = {name: recovered.masks[name].float().cpu() for name in masked}
+        exposed = Exposed(unlearnt.model, guarding) if self.selection.expose == "unlearnt" else None
         selected = select(
-            model, clean, filter_map, scores, self.selection,
-            own=below(scores, self.threshold), prune_mode=self.prune_mode, progress=progress,
+            model, guarding, filter_map, scores, self.selection,
+            own=below(scores, self.threshold), exposed=exposed, prune_mode=self.prune_mode, progress=progress,
         )  # fmt: skip
         return Purified(
             model=selected.mask.apply(model, filter_map, prune_mode=self.prune_mode),

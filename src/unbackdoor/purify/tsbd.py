@@ -84,6 +84,11 @@ class TSBD:
                 "the paper has no rule for the number of filters, so amount 'own' means nothing here; use "
                 "'guarded', 'count' or 'fraction'."
             )
+        if self.selection.held_out_fraction or self.selection.expose != "none":
+            raise InvalidInputError(
+                "this method has a held_out_fraction and an unlearnt copy of its own; set held_out_fraction, "
+                "and leave selection.held_out_fraction at 0 and selection.expose at 'none'."
+            )
         if not (0 <= self.weight_fraction <= 1 and 0 <= self.alpha <= 1 and 0 < self.held_out_fraction < 1):
             raise InvalidInputError(
                 "weight_fraction and alpha must lie in [0, 1] and held_out_fraction in (0, 1), got "

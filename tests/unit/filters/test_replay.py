@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import networks as nets
 from unbackdoor.compute import logits_of
+from unbackdoor.costs import metered
 from unbackdoor.filters import find_filters
 from unbackdoor.filters.mask import cleared_tensors
 from unbackdoor.filters.replay import Replay
@@ -121,3 +122,32 @@ def test_modes_are_restored() -> None:
     replay.logits_after(["layer2.0.conv1.weight"])
     assert model.training
     assert not model.get_submodule("layer1.0.bn1").training
+
+
+class Halves(nn.Module):
+    """Two convolutions with equally many multiply-adds, in blocks, and a head of a few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.second(self.first(x)).mean((2, 3)))
+        return logits
+
+
+def test_a_pass_costs_what_it_does_again() -> None:
+    model = Halves()
+    images = torch.rand(100, 3, 8, 8)
+    replay = Replay(model, images)
+    with metered() as recorded:
+        replay.record()
+    assert recorded.kinds == {"forward fp32": 100}
+    for layer, share in (("first.0", 1.0), ("second.0", 0.5), ("head", 0.0)):
+        replay.logits_after([f"{layer}.weight"])  # compares with a full pass
+        with metered() as cost:
+            replay.logits_after([f"{layer}.weight"])
+        assert cost.forward_images == pytest.approx(100 * share, abs=1), layer
+        assert list(cost.kinds) == ["forward fp32" if share == 1 else "forward fp32 replayed"], layer

@@ -165,6 +165,22 @@ def test_both_ways_share_one_budget() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"amount": "count", "count": 7}, 7),
+        ({"amount": "fraction", "fraction": 0.1}, 10),
+        ({"amount": "threshold", "threshold": 5.0}, 96),
+    ],
+)
+def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
+    both = replace(INVERTING, exposures=("inversion", "suppression"), **options)
+    result = purify(both)
+    assert result.diagnostics["inversion"]["acted_on"]
+    assert "suppression" in result.diagnostics
+    assert removed(result) == count
+
+
+@pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"exposures": ()}, "exposures must name"),

@@ -1,0 +1,16 @@
+"""The script behind the table of speeds prices what the meter counts."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+SCRIPT = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "defence_speed.py"))
+
+
+def test_shares_of_passes_are_priced_like_passes() -> None:
+    counted = {"forward fp32": 100, "forward fp32 replayed": 20, "backward bf16 weights": 10}
+    prices = {"forward fp32": 0.01, "backward bf16 weights": 0.03}
+    assert SCRIPT["passes_bare"](counted, prices) == pytest.approx(1.2 + 0.3)
