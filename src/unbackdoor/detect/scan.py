@@ -272,18 +272,20 @@ class Scan:
         )
 
     def joint(self, scores: Mapping[str, float | None], calibration: CalibrationSet | None) -> Joint | None:
-        """Compare the deciding scores with those of clean models; None if there is nothing to compare."""
+        """Compare the deciding scores with those of clean models; None if there is nothing to compare.
+
+        Which detectors and models enter depends on options and calibration alone, never on the scores.
+        """
+        if calibration is None:
+            return None
         detectors = self.detectors()
-        usable = {
-            name: score
+        suspect = {
+            name: -math.inf if score is None else score
             for name, score in scores.items()
-            if score is not None
-            and name in self.deciding
-            and calibration is not None
-            and calibration.fits(detectors[name])
+            if name in self.deciding and calibration.fits(detectors[name])
         }
-        rows = calibration.rows(usable) if calibration is not None and usable else []
-        return combine(rows, usable, self.alpha) if rows else None
+        rows = calibration.rows(suspect) if suspect else []
+        return combine(rows, suspect, self.alpha) if rows else None
 
     def _calibrated(
         self, evidence: Evidence, calibration: CalibrationSet | None, joint: Joint | None
@@ -337,8 +339,8 @@ class Scan:
             return ()
         detectors = self.detectors()
         odd = [n for n in self.deciding if n in detectors and not calibration.fits(detectors[n])]
-        absent = [KINDS[name] for name in odd if name not in calibration.options]
-        other = [KINDS[name] for name in odd if name in calibration.options]
+        absent = [KINDS[name] for name in odd if not calibration.has(name)]
+        other = [KINDS[name] for name in odd if calibration.has(name)]
         sentences = []
         if absent:
             sentences.append(

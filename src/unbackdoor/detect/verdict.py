@@ -92,10 +92,10 @@ class Judgement:
         if joint is None:
             flagged = [each for each in self.evidence if each.decides and each.detection.is_backdoored]
             return flagged[0] if flagged else None
-        compared = [each for each in self.evidence if each.name in joint.scaled]
-        first = max(compared, key=lambda each: joint.scaled[each.name])
         near = max(2 * self.alpha, joint.smallest_p) + ROUNDING
-        if joint.p_values[first.name] <= near:
+        compared = [e for e in self.evidence if e.name in joint.scaled and not e.detection.undetermined]
+        first = max(compared, key=lambda each: joint.scaled[each.name], default=None)
+        if first is not None and joint.p_values[first.name] <= near:
             return first
         # What no clean model can vouch for may still point somewhere.
         others = [e for e in self.evidence if e.decides and e.name not in joint.scaled]
@@ -121,7 +121,7 @@ class Judgement:
             if found[name].undetermined
             else f"there are no clean models to compare {KINDS[name]} with"
             for name in REQUIRED
-            if name not in compared
+            if name not in compared or found[name].undetermined
         ]
 
     def _said(self, *, flagged: bool = False) -> str:
