@@ -1,7 +1,7 @@
 """Tables of a detection trial: thresholds from one half of the clean models, figures from the other.
 
 Pure functions from records to Markdown. A model on which a detector abstains, or that it refuses, counts as
-not flagged: a miss where it is infected.
+not flagged: a miss where it is infected, and the lowest score where it is a clean model of the calibration.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from unbackdoor.bench.store import Record
 from unbackdoor.bench.tables import markdown, percent
 from unbackdoor.detect.evidence import REQUIRED
 from unbackdoor.detect.joint import combine
+from unbackdoor.detect.verdict import ROUNDING
 from unbackdoor.rates import Rate
 
 JOINT = "scan"
@@ -38,7 +39,7 @@ class Scored:
         group: Its name without the number at the end: the attack with its options.
         attack: None for a clean model.
         target: The attack's target, where it has one for all classes.
-        scores: Detector to score; None where it abstained.
+        scores: Detector that was asked to score; None where it abstained or refused.
         targets: Detector to the class that it suspects, or None.
         seconds: Detector to time.
     """
@@ -83,8 +84,8 @@ class Column:
         detector: Its name, or ``scan``.
         data: The data set.
         rate: The false-positive rate that its threshold guarantees; alpha, or the smallest possible one.
-        calibrated_on: Clean models behind the threshold.
-        outcomes: All infected models, and the clean ones of the other half.
+        calibrated_on: Clean models behind the threshold, those on which it abstained among them.
+        outcomes: All infected models that it was asked about, and the clean ones of the other half.
         seconds: Median time of a model.
     """
 
@@ -181,33 +182,38 @@ def _column(
     tested: Sequence[Scored],
     alpha: float,
 ) -> Column:
-    rate = max(alpha, 1 / (len(calibration) + 1))
-    times = [sum(model.seconds.get(part, 0.0) for part in parts) for model in tested]
+    rows = [_scores(model, parts) for model in calibration if set(parts) <= set(model.scores)]
+    asked = [model for model in tested if set(parts) <= set(model.scores)]
+    rate = max(alpha, 1 / (len(rows) + 1))
+    times = [sum(model.seconds.get(part, 0.0) for part in parts) for model in asked]
     return Column(
         detector=detector,
         data=data,
         rate=rate,
-        calibrated_on=len(calibration),
-        outcomes=tuple(_outcome(model, parts, calibration, rate) for model in tested),
+        calibrated_on=len(rows),
+        outcomes=tuple(_outcome(model, parts, rows, rate) for model in asked),
         seconds=statistics.median(times) if times else math.nan,
     )
 
 
-def _outcome(model: Scored, parts: Sequence[str], calibration: Sequence[Scored], rate: float) -> Outcome:
-    usable = {part: score for part in parts if (score := model.scores.get(part)) is not None}
-    rows = [
-        {part: score for part in usable if (score := other.scores.get(part)) is not None}
-        for other in calibration
-    ]
-    rows = [row for row in rows if len(row) == len(usable)]
-    if not usable or not rows:
+def _scores(model: Scored, parts: Sequence[str]) -> dict[str, float]:
+    """Return what detectors that were asked said; an abstention is the lowest score, see ``detect.joint``."""
+    found = {part: model.scores[part] for part in parts}
+    return {part: -math.inf if score is None else score for part, score in found.items()}
+
+
+def _outcome(
+    model: Scored, parts: Sequence[str], calibration: Sequence[Mapping[str, float]], rate: float
+) -> Outcome:
+    scores = _scores(model, parts)
+    if not calibration:
         return Outcome(model, flagged=False, statistic=-math.inf, target=None)
-    joint = combine(rows, usable, rate)
+    joint = combine(calibration, scores, rate)
     leading = max(joint.scaled, key=lambda part: joint.scaled[part])
     return Outcome(
         model,
-        flagged=joint.p_value <= rate + 1e-12,
-        statistic=joint.scaled[leading] if len(parts) > 1 else usable[parts[0]],
+        flagged=joint.p_value <= rate + ROUNDING,
+        statistic=joint.scaled[leading] if len(parts) > 1 else scores[parts[0]],
         target=model.targets.get(leading),
     )
 

@@ -93,6 +93,18 @@ def test_half_of_few_clean_models_guarantees_less() -> None:
         assert column.rate == pytest.approx(1 / 6)
 
 
+def test_a_clean_model_that_is_not_scored_stays_in_the_calibration() -> None:
+    records = [each for each in trial() if each["attack"] or each["key"] < "clean-38"]
+    calibration, _ = halves([model for model in scored(records) if model.is_clean])
+    mute = next(each for each in records if each["key"] == calibration[0].name)
+    mute["detections"]["collapse"]["score"] = None
+    found = {column.detector: column for column in columns(scored(records))}
+    for name in ("collapse", "scan"):
+        # 19 models, one of them without a score: 5 % is guaranteed, and can be reached.
+        assert (found[name].calibrated_on, found[name].rate) == (19, 0.05)
+        assert "badnets-01" in {o.model.name for o in found[name].of(clean=False) if o.flagged}
+
+
 def test_refusals_are_misses() -> None:
     refused = record("wanet-00", "wanet", {}, status="refused", problem="no")
     del refused["detections"]
