@@ -31,6 +31,10 @@ def scan(
     fast: bool = typer.Option(
         False, "--fast", help="Leave trigger inversion out; the model cannot be called clean then."
     ),
+    detector: list[str] | None = typer.Option(
+        None,
+        help="Also run this model detector (`unbackdoor methods`); shown, it does not decide. Repeatable.",
+    ),
     settings: o.Settings = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
@@ -55,6 +59,7 @@ def scan(
             alpha=alpha,
             fast=fast,
             calibration=read_calibration(Path(calibration)) if calibration else None,
+            others=tuple(detector or ()),
         ),
         settings or [],
     )

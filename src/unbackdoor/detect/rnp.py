@@ -42,8 +42,9 @@ class UnlearntLabel:
 
     Deviations: the score is the Herfindahl index ``(K sum c^2 - 1) / (K - 1)`` of the shares c, which is that
     variance times K^2 / (K - 1) and runs from 0 (even) to 1 (one class) for any K; the threshold is 0.11 for
-    any K, which is 0.01 at ten classes. Clean models collapse too, if pushed far enough: take a calibration. For all-to-all backdoors
-    there is no such class. ``collapse`` reads the same run earlier, and by its errors.
+    any K, which is 0.01 at ten classes. Clean models collapse too, if pushed far enough: take a
+    calibration. For all-to-all backdoors there is no such class. ``collapse`` reads the same run earlier,
+    and by its errors.
 
     Args:
         unlearning: How the copy is unlearnt; the shares are read at its end.

@@ -265,6 +265,20 @@ def test_foreign_images_permit_no_verdict() -> None:
     assert "the model is right on only" in result.reason
 
 
+def test_other_detectors_are_shown_and_do_not_decide() -> None:
+    scan = replace(FAST, others=("rnp-label", "mm_bd"))
+    result = scanned(scan, *separable(2, 40))
+    rows = {each.name: each for each in result.evidence}
+    assert list(rows) == ["collapse", "mnp", "head_weights", "rnp_label", "mm_bd"]
+    assert not rows["mm_bd"].decides
+    # No calibration: the threshold is the detector's own.
+    assert rows["rnp_label"].detection.p_value is None
+    assert rows["rnp_label"].kind == "a further detector"
+    for others in (("nc", "nc"), ("collapse",), ("magic",)):
+        with pytest.raises(InvalidInputError, match=r"once; do not name it again|unknown model detector"):
+            replace(FAST, others=others)
+
+
 @pytest.mark.parametrize("options", [{"alpha": 0.0}, {"deciding": ("collapse",)}, {"deciding": ("magic",)}])
 def test_impossible_options(options: dict[str, object]) -> None:
     with pytest.raises(InvalidInputError, match=r"alpha must lie|deciding must hold"):
