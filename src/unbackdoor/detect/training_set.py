@@ -117,7 +117,7 @@ def excess_indices(statistics: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class ClassVerdict:
-    """Turn one statistic a class into a statement on the model; see the head of this file.
+    """Turn one statistic a class into a statement on the model; the reading is ours.
 
     Args:
         score: ``largest`` is the largest statistic of a class; ``index`` is how far it lies above the median
