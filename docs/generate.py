@@ -1,4 +1,6 @@
-"""Write docs/reference/purifiers.md and graphs.md from the docstrings, so that they say what the code does.
+"""Write purifiers.md, detectors.md and graphs.md of docs/reference from the docstrings.
+
+So they say what the code does.
 
     python docs/generate.py
 
@@ -8,11 +10,12 @@ A test compares the committed pages with what this makes.
 from __future__ import annotations
 
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from unbackdoor import catalogue
+from unbackdoor.detect.registry import MODEL_DETECTORS, SAMPLE_DETECTORS
 from unbackdoor.graph.attacks import ATTACKS as GRAPH_ATTACKS
 from unbackdoor.graph.detect import RIGBD
 from unbackdoor.graph.purify import PURIFIERS as GRAPH_PURIFIERS
@@ -45,6 +48,44 @@ without batch norms stands in its text: it works, it takes another reading that 
 **Cost.** Every purification is metered from outside: image passes, seconds, peak memory (`passes` in the JSON
 document).
 """
+
+
+DETECTORS_PAGE = PAGE.with_name("detectors.md")
+
+DETECTORS_HEAD = """# Detectors
+
+Made from the docstrings and from `docs/generate.py` by `python docs/generate.py`; change those. `unbackdoor methods NAME`
+prints the same in a terminal, with the options of all parts.
+
+None sees a trigger, a poisoned image that is marked as one, or the attack success rate, and the import rules that `make lint`
+checks keep it so. Scores are higher for what is more suspicious. A detector that cannot tell abstains, and says why.
+
+**In a scan.** [`unbackdoor scan`](../how-to/scan-a-model.md) runs `collapse`, `mnp`, `trigger-search` and `head-weights`. The first
+and the third decide, compared jointly with clean models ([why](../adr/0009-two-kinds-of-evidence-one-p-value.md)). Other
+detectors of models are run and shown by `--detector NAME`.
+
+**Thresholds.** `calibration` takes the scores of clean models; a score is then flagged if its conformal p-value is at most
+`alpha`. In a scan they come from a file of `unbackdoor calibrate`. Without, a fixed threshold holds, each detector's own, whose
+false-positive rate is not known.
+"""
+
+SAMPLES_HEAD = """## Detectors of training sets and inputs
+
+They score samples: rows of a suspect training set, or inputs of a model in use. In Python, and in the
+[benchmark](suites.md): a scan of a downloaded model has neither.
+
+Those of training sets (AC, SC, SCAn) also speak on the model, by the rule in their text: each class gets one statistic, and
+the most suspicious class gives the score. Detectors of inputs have no such rule. The benchmark, which alone knows what is
+triggered, counts the backdoor as found if at least half of the triggered test images score above what one clean one in a
+hundred exceeds.
+"""
+
+FIXED = {
+    "mnp": "1 - `delta`",
+    "rnp_label": "0.11, the source's variance of 0.01 at ten classes",
+    "mm_bd": "-log10 of `alpha`, the source's p-value, or what `null` makes of it",
+}
+"""Thresholds without a calibration of detectors that have no option of that name."""
 
 
 GRAPHS_PAGE = PAGE.with_name("graphs.md")
@@ -95,6 +136,29 @@ def graphs_page() -> str:
     return "\n".join([GRAPHS_HEAD, *sections, "## Parts", "", *described])
 
 
+def detectors_page() -> str:
+    """Return the whole page on detectors."""
+    parts: dict[str, Any] = {}
+    sections = [DETECTORS_HEAD, "## Detectors of models", ""]
+    for name, cls in MODEL_DETECTORS.items():
+        fixed = f"`threshold`, {cls().threshold:g}" if hasattr(cls(), "threshold") else FIXED[name]
+        rule = f"**Threshold without a calibration:** {fixed}."
+        sections.append(_section(cls, parts, kind="model detector", level="###", rule=rule))
+    sections.append(SAMPLES_HEAD)
+    for cls in SAMPLE_DETECTORS.values():
+        rule = "**Threshold:** the caller's."
+        if hasattr(cls, "judge"):
+            verdict = cls().verdict
+            score = {"largest": "statistic", "index": "robust deviations"}[verdict.score]
+            rule = (
+                f"**Threshold of the verdict on the model:** {verdict.threshold:g}, on the {score} of the most "
+                "suspicious class."
+            )
+        sections.append(_section(cls, parts, kind="sample detector", level="###", rule=rule))
+    described = [_part(name, parts[name]) for name in sorted(parts)]
+    return "\n".join([*sections, "## Parts", "", *described])
+
+
 def page() -> str:
     """Return the whole page on purifiers."""
     parts: dict[str, Any] = {}
@@ -103,15 +167,24 @@ def page() -> str:
     return "\n".join([HEAD, *sections, "## Parts", "", *described])
 
 
-def _section(cls: type[Any], parts: dict[str, Any], *, kind: str = "purifier", level: str = "##") -> str:
+def _section(
+    cls: type[Any], parts: dict[str, Any], *, kind: str = "purifier", level: str = "##", rule: str = ""
+) -> str:
     entry = catalogue.entry(kind, cls)
     lines = [f"{level} {entry.title} (`{entry.name}`)", "", f"*{entry.source}.* Needs {entry.needs}.", ""]
-    return "\n".join([*lines, _markdown(catalogue.description(cls)), "", *_table(cls(), parts), ""])
+    text = [_markdown(catalogue.description(cls)), "", *([rule, ""] if rule else [])]
+    return "\n".join([*lines, *text, *_table(cls(), parts), ""])
 
 
 def _part(name: str, cls: type[Any]) -> str:
     summary = _markdown(catalogue.description(cls).split("\n\n")[0])
-    return "\n".join([f"### {name}", "", summary, "", *_table(cls(), {}), ""])
+    # Parts without defaults, such as a verdict, are described where they stand.
+    table = _table(cls(), {}) if all(_has_default(field) for field in fields(cls)) else []
+    return "\n".join([f"### {name}", "", summary, "", *table, ""])
+
+
+def _has_default(field: Field[Any]) -> bool:
+    return field.default is not MISSING or field.default_factory is not MISSING
 
 
 def _table(method: Any, parts: dict[str, Any]) -> list[str]:  # noqa: ANN401 - any dataclass
@@ -131,8 +204,8 @@ def _table(method: Any, parts: dict[str, Any]) -> list[str]:  # noqa: ANN401 - a
 
 
 def _differences(part: Any) -> str:  # noqa: ANN401 - any dataclass
-    usual = type(part)()
-    names = [f.name for f in fields(part) if getattr(part, f.name) != getattr(usual, f.name)]
+    usual = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(part)}
+    names = [name for name, value in usual.items() if getattr(part, name) != value]
     values = ", ".join(f"{name} {catalogue.shown(getattr(part, name))}" for name in names)
     return f" with {values}" if values else ""
 
@@ -147,4 +220,5 @@ def _cell(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    DETECTORS_PAGE.write_text(detectors_page())
     GRAPHS_PAGE.write_text(graphs_page())

@@ -28,7 +28,7 @@ beside it share.
 
 **Detectors in `table4`.** Detectors of models see clean images. Those of training sets (AC, SC) see what the model
 was trained on, clean images and those of the poison plan with the trigger and their new labels, and each says by its
-own documented rule what that means for the model; for attacks that also perturb images (CL) the perturbation is not
+own [documented rule](detectors.md#detectors-of-training-sets-and-inputs) what that means for the model; for attacks that also perturb images (CL) the perturbation is not
 kept and so left out. STRIP judges inputs: it counts as having found the backdoor if it flags at least half of the
 triggered test images at the threshold that one clean one in a hundred exceeds.
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from unbackdoor import rng
-from unbackdoor.detect.calibration import Calibration
+from unbackdoor.detect.calibration import Calibration, CalibrationSet, Kind, ScoredModel, options_of
 from unbackdoor.detect.joint import combine
+from unbackdoor.detect.scan import Scan
 from unbackdoor.filters.saliency import spearman
 
 
@@ -47,6 +48,38 @@ def test_joint_scores_of_clean_models_are_flagged_at_most_alpha(dependence: floa
         flagged += combine(clean, suspect, alpha).p_value <= alpha
     assert flagged <= alpha * trials + 4 * math.sqrt(alpha * (1 - alpha) * trials)
     assert flagged >= 0.4 * alpha * trials  # nor is it an empty promise
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("where", ["high", "anywhere"])
+def test_a_search_that_abstains_does_not_raise_the_false_positive_rate(where: str) -> None:
+    # As above. One model in five has no trigger score, at worst those whose other score is the highest.
+    models, alpha, trials = 39, 0.2, 600
+    scan = Scan()
+    options = {name: options_of(scan.detectors()[name]) for name in scan.deciding}
+    kind = Kind(architecture="n", parameters=1, num_classes=4, image_shape=(3, 4, 4))
+    drawn = torch.randn(trials, models + 1, 3, generator=rng.generator(3), dtype=torch.float64)
+    flagged = 0
+    for trial in drawn.tolist():
+        suspect, *clean = [
+            {
+                "collapse": collapse,
+                "trigger_search": None if (collapse if where == "high" else other) > 0.8416 else search,
+            }
+            for collapse, search, other in trial
+        ]
+        calibration = CalibrationSet(
+            description="simulated",
+            kind=kind,
+            images=1,
+            options=options,
+            models=tuple(ScoredModel(name="m", scores=scores) for scores in clean),
+        )
+        joint = scan.joint(suspect, calibration)
+        assert joint is not None
+        flagged += joint.p_value <= alpha + 1e-12
+    assert flagged <= alpha * trials + 4 * math.sqrt(alpha * (1 - alpha) * trials)
+    assert flagged >= 0.4 * alpha * trials
 
 
 @pytest.mark.statistical

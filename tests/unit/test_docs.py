@@ -33,6 +33,7 @@ def test_generated_pages_are_made_from_the_code(script: str) -> None:
     module = _load(script)
     assert module.PAGE.read_text() == module.page(), f"run python docs/{script}.py"
     if script == "generate":
+        assert module.DETECTORS_PAGE.read_text() == module.detectors_page(), "run python docs/generate.py"
         assert module.GRAPHS_PAGE.read_text() == module.graphs_page(), "run python docs/generate.py"
 
 

@@ -176,6 +176,7 @@ class Trial:
         history = {
             "attack": entry.card.get("attack"),
             "label_rule": entry.card.get("label_rule"),
+            "poison_fraction": entry.card.get("options", {}).get("poison_fraction"),
             "valid": entry.is_clean or bool(entry.card.get("validity", {}).get("valid", True)),
             "metrics": {name: entry.rate(name) for name in ("clean_accuracy", "attack_success")},
         }

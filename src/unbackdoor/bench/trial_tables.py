@@ -1,7 +1,10 @@
 """Tables of a detection trial: thresholds from one half of the clean models, figures from the other.
 
 Pure functions from records to Markdown. A model on which a detector abstains, or that it refuses, counts as
-not flagged: a miss where it is infected.
+not flagged: a miss where it is infected, and the lowest score where it is a clean model of the calibration.
+
+The row ``scan`` follows the scan's own rule (``detect.verdict.ground_of``), so that a model may also be
+inconclusive: not flagged, and not cleared either. The other detectors are inconclusive where they abstain.
 """
 
 from __future__ import annotations
@@ -18,11 +21,24 @@ from unbackdoor import rng
 from unbackdoor.bench.store import Record
 from unbackdoor.bench.tables import markdown, percent
 from unbackdoor.detect.evidence import REQUIRED
-from unbackdoor.detect.joint import combine
+from unbackdoor.detect.joint import Joint, combine
+from unbackdoor.detect.verdict import VERDICTS, Verdict, ground_of
 from unbackdoor.rates import Rate
 
 JOINT = "scan"
 """The row of the scan's verdict, from its deciding detectors together."""
+
+ADAPTIVE = ("adaptive_magnitude",)
+"""Attacks on this very scan, which no summary counts."""
+
+TABLE_4 = ("badnets", "trojan", "blend", "cl", "iab", "wanet")
+"""Attacks of Table 4 of the MNP paper (arXiv 2405.17750), at the attack's usual rate with one target."""
+
+TABLE_1 = (*TABLE_4, "sig", "fc", "dfst", "lira")
+"""All ten attacks of that paper."""
+
+LOW_RATE = 0.02
+"""Largest share of poisoned training images that counts as a low rate."""
 
 RESAMPLES = 2000
 _QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -38,7 +54,9 @@ class Scored:
         group: Its name without the number at the end: the attack with its options.
         attack: None for a clean model.
         target: The attack's target, where it has one for all classes.
-        scores: Detector to score; None where it abstained.
+        poison_fraction: Share of the training images that were poisoned, 0 where that follows from the share
+            of the target class; None if unknown.
+        scores: Detector that was asked to score; None where it abstained or refused.
         targets: Detector to the class that it suspects, or None.
         seconds: Detector to time.
     """
@@ -48,6 +66,7 @@ class Scored:
     group: str
     attack: str | None
     target: int | None
+    poison_fraction: float | None
     scores: Mapping[str, float | None]
     targets: Mapping[str, int | None]
     seconds: Mapping[str, float]
@@ -57,6 +76,25 @@ class Scored:
         """Whether it was trained without an attack."""
         return self.attack is None
 
+    @property
+    def has_low_rate(self) -> bool:
+        """Whether few training images were poisoned."""
+        return self.poison_fraction is not None and 0 < self.poison_fraction <= LOW_RATE
+
+    def is_as_in(self, attacks: Sequence[str]) -> bool:
+        """Whether it carries one of these attacks as the paper sets them: one target, no low rate."""
+        usual = self.poison_fraction is not None and not self.has_low_rate
+        return self.attack in attacks and self.target is not None and usual
+
+
+SELECTIONS: dict[str, Callable[[Scored], bool]] = {
+    "all": lambda model: model.attack not in ADAPTIVE,
+    "six of Table 4": lambda model: model.is_as_in(TABLE_4),
+    "ten of the paper": lambda model: model.is_as_in(TABLE_1),
+    f"rates <= {LOW_RATE:.0%}": lambda model: model.has_low_rate and model.attack not in ADAPTIVE,
+}
+"""Which infected models a row of the summary counts."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -64,15 +102,25 @@ class Outcome:
 
     Args:
         model: The model.
-        flagged: Whether it is called backdoored.
+        verdict: ``clean`` for a single detector means that its threshold is not reached.
         statistic: What AUC ranks; minus infinity where the detector abstained.
         target: The suspected class.
     """
 
     model: Scored
-    flagged: bool
+    verdict: Verdict
     statistic: float
     target: int | None
+
+    @property
+    def flagged(self) -> bool:
+        """Whether it is called backdoored."""
+        return self.verdict == "backdoored"
+
+    @property
+    def inconclusive(self) -> bool:
+        """Whether it is neither called backdoored nor clean."""
+        return self.verdict == "inconclusive"
 
 
 @dataclass(frozen=True)
@@ -83,8 +131,8 @@ class Column:
         detector: Its name, or ``scan``.
         data: The data set.
         rate: The false-positive rate that its threshold guarantees; alpha, or the smallest possible one.
-        calibrated_on: Clean models behind the threshold.
-        outcomes: All infected models, and the clean ones of the other half.
+        calibrated_on: Clean models behind the threshold, those on which it abstained among them.
+        outcomes: All infected models that it was asked about, and the clean ones of the other half.
         seconds: Median time of a model.
     """
 
@@ -137,6 +185,7 @@ def _scored(data: str, name: str, records: Sequence[Record]) -> Scored:
         group=name.rpartition("-")[0] or name,
         attack=records[-1]["attack"],
         target=rule.get("target_class") if rule.get("rule") == "all_to_one" else None,
+        poison_fraction=records[-1].get("poison_fraction"),
         scores={**refused, **{detector: each["score"] for detector, each in found.items()}},
         targets={detector: each["target_class"] for detector, each in found.items()},
         seconds={detector: each["seconds"] for detector, each in found.items()},
@@ -181,35 +230,46 @@ def _column(
     tested: Sequence[Scored],
     alpha: float,
 ) -> Column:
-    rate = max(alpha, 1 / (len(calibration) + 1))
-    times = [sum(model.seconds.get(part, 0.0) for part in parts) for model in tested]
+    rows = [_scores(model, parts) for model in calibration if set(parts) <= set(model.scores)]
+    asked = [model for model in tested if set(parts) <= set(model.scores)]
+    rate = max(alpha, 1 / (len(rows) + 1))
+    times = [sum(model.seconds.get(part, 0.0) for part in parts) for model in asked]
     return Column(
         detector=detector,
         data=data,
         rate=rate,
-        calibrated_on=len(calibration),
-        outcomes=tuple(_outcome(model, parts, calibration, rate) for model in tested),
+        calibrated_on=len(rows),
+        outcomes=tuple(_outcome(model, parts, rows, rate) for model in asked),
         seconds=statistics.median(times) if times else math.nan,
     )
 
 
-def _outcome(model: Scored, parts: Sequence[str], calibration: Sequence[Scored], rate: float) -> Outcome:
-    usable = {part: score for part in parts if (score := model.scores.get(part)) is not None}
-    rows = [
-        {part: score for part in usable if (score := other.scores.get(part)) is not None}
-        for other in calibration
-    ]
-    rows = [row for row in rows if len(row) == len(usable)]
-    if not usable or not rows:
-        return Outcome(model, flagged=False, statistic=-math.inf, target=None)
-    joint = combine(rows, usable, rate)
+def _scores(model: Scored, parts: Sequence[str]) -> dict[str, float]:
+    """Return what detectors that were asked said; an abstention is the lowest score, see ``detect.joint``."""
+    found = {part: model.scores[part] for part in parts}
+    return {part: -math.inf if score is None else score for part, score in found.items()}
+
+
+def _outcome(
+    model: Scored, parts: Sequence[str], calibration: Sequence[Mapping[str, float]], rate: float
+) -> Outcome:
+    scores = _scores(model, parts)
+    if not calibration:
+        return Outcome(model, "inconclusive", statistic=-math.inf, target=None)
+    joint = combine(calibration, scores, rate)
     leading = max(joint.scaled, key=lambda part: joint.scaled[part])
     return Outcome(
         model,
-        flagged=joint.p_value <= rate + 1e-12,
-        statistic=joint.scaled[leading] if len(parts) > 1 else usable[parts[0]],
+        _verdict(joint, complete=-math.inf not in scores.values(), alpha=rate, alone=len(parts) == 1),
+        statistic=joint.scaled[leading] if len(parts) > 1 else scores[parts[0]],
         target=model.targets.get(leading),
     )
+
+
+def _verdict(joint: Joint, *, complete: bool, alpha: float, alone: bool) -> Verdict:
+    ground = ground_of(joint, complete=complete, alpha=alpha)
+    # A single detector has a threshold and no rule for what is close to it.
+    return "clean" if alone and ground == "close" else VERDICTS[ground]
 
 
 def area_under_curve(
@@ -237,31 +297,39 @@ def area_under_curve(
     return float(wins.mean()), float(bounds[0]), float(bounds[1])
 
 
-def summary_table(found: Sequence[Column], *, adaptive: Sequence[str] = ("adaptive_magnitude",)) -> str:
-    """Return a row for each data set and detector; attacks in ``adaptive`` are left out."""
+def summary_table(found: Sequence[Column]) -> str:
+    """Return a row for each data set, detector and selection of infected models that has any.
+
+    Inconclusive infected models are misses in DR, inconclusive clean ones no false positives in FPR; both are
+    counted on their own as well.
+    """
     head = [
-        "data", "detector", "DR", "FPR", "AUC", "right target", "abstained", "s", "threshold from",
+        "data", "detector", "attacks", "DR", "FPR", "AUC", "right target", "inconclusive, infected",
+        "inconclusive, clean", "s", "threshold from",
     ]  # fmt: skip
     rows = []
     for column in found:
-        infected = [o for o in column.of(clean=False) if o.model.attack not in adaptive]
         clean = column.of(clean=True)
-        named = [o for o in infected if o.flagged and o.model.target is not None]
-        area = area_under_curve([o.statistic for o in clean], [o.statistic for o in infected])
-        rows.append(
-            [
-                column.data,
-                column.detector,
-                shown(_rate(infected, lambda o: o.flagged)),
-                shown(_rate(clean, lambda o: o.flagged)),
-                "-" if math.isnan(area[0]) else f"{area[0]:.3f} [{area[1]:.3f}, {area[2]:.3f}]",
-                shown(_rate(named, lambda o: o.target == o.model.target)),
-                str(sum(o.statistic == -math.inf for o in column.outcomes)),
-                f"{column.seconds:.1f}",
-                f"{column.calibrated_on} clean, {column.rate:.1%}",
-            ]
-        )
+        for name, chosen in SELECTIONS.items():
+            infected = [outcome for outcome in column.of(clean=False) if chosen(outcome.model)]
+            if infected or name == "all":
+                rows.append([column.data, column.detector, name, *_summary(column, infected, clean)])
     return markdown(head, rows)
+
+
+def _summary(column: Column, infected: Sequence[Outcome], clean: Sequence[Outcome]) -> list[str]:
+    named = [o for o in infected if o.flagged and o.model.target is not None]
+    area = area_under_curve([o.statistic for o in clean], [o.statistic for o in infected])
+    return [
+        shown(_rate(infected, lambda o: o.flagged)),
+        shown(_rate(clean, lambda o: o.flagged)),
+        "-" if math.isnan(area[0]) else f"{area[0]:.3f} [{area[1]:.3f}, {area[2]:.3f}]",
+        shown(_rate(named, lambda o: o.target == o.model.target)),
+        counted(_rate(infected, lambda o: o.inconclusive)),
+        counted(_rate(clean, lambda o: o.inconclusive)),
+        f"{column.seconds:.1f}",
+        f"{column.calibrated_on} clean, {column.rate:.1%}",
+    ]
 
 
 def attack_table(found: Sequence[Column], data: str) -> str:

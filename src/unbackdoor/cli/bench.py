@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from unbackdoor.cli import options as o
+
 EXIT_INCOMPLETE = 1
 
 
@@ -20,15 +22,10 @@ def bench(
     models: Path | None = typer.Option(
         None, help="Where models are kept that have to be trained; `models` beside --out if not given."
     ),
-    executor: str = typer.Option("", help="inline, pool, ray or slurm; pool for several jobs, else inline."),
-    jobs: int = typer.Option(1, min=1, help="Tasks side by side."),
-    address: str = typer.Option(
-        "", help="Of a Ray cluster, such as auto; for slurm, `local` tries jobs without a queue."
-    ),
-    resource: list[str] = typer.Option(
-        [],
-        help="For each task, NAME=VALUE: threads (pool), cpus and gpus (ray), what submitit takes (slurm).",
-    ),
+    executor: o.Executor = "",
+    jobs: o.Jobs = 1,
+    address: o.Address = "",
+    resource: o.Resources = None,
     device: str = typer.Option("auto", help="cpu, cuda, or auto."),
     only: list[str] = typer.Option([], help="Only questions whose label fits a pattern, as 'badnets mnp*'."),
     train: bool = typer.Option(True, help="Train models that are missing, or leave their questions open."),
@@ -59,7 +56,7 @@ def bench(
         executor=executor or ("pool" if jobs > 1 else "inline"),
         jobs=jobs,
         address=address,
-        resources=resource,
+        resources=resource or (),
         data=data,
         device=device,
         only=only,

@@ -76,7 +76,7 @@ def carry_out(
     """
     data = _checked_data(plan.suite, data)
     place = executor_named(
-        executor, jobs=jobs, address=address, resources=_pairs(resources), folder=folder / "slurm"
+        executor, jobs=jobs, address=address, resources=pairs(resources), folder=folder / "slurm"
     )
     store = Store(folder / RECORDS)
     homes = plan.places.homes(plan.suite.sizes[plan.size])
@@ -113,14 +113,19 @@ def _checked_data(suite: Suite, data: str) -> str:
     return data
 
 
-def _pairs(resources: Sequence[str]) -> dict[str, str]:
-    pairs = {}
+def pairs(resources: Sequence[str]) -> dict[str, str]:
+    """Return what ``--resource NAME=VALUE`` says.
+
+    Raises:
+        InvalidInputError: If a text has another form.
+    """
+    found = {}
     for text in resources:
         name, equals, value = text.partition("=")
         if not equals:
             raise InvalidInputError(f"--resource must read NAME=VALUE, got {text!r}.")
-        pairs[name.strip()] = value.strip()
-    return pairs
+        found[name.strip()] = value.strip()
+    return found
 
 
 def _fits(label: str, patterns: Sequence[str]) -> bool:

@@ -30,7 +30,7 @@ def calibrate(
     std: o.Std = None,
     normalize: o.Normalize = None,
     detector: list[str] | None = typer.Option(
-        None, help="Also score with this detector (`unbackdoor methods`); repeatable."
+        None, help="Also score with this detector, for `unbackdoor scan --detector`; repeatable."
     ),
     description: str | None = typer.Option(None, help="Which models these are, in words, for reports."),
     settings: o.Settings = None,
@@ -43,11 +43,9 @@ def calibrate(
 
     Use as many clean images as you will scan with, and the same --set options.
     """
-    from unbackdoor.catalogue import find
     from unbackdoor.cli import calibrating, console, inputs, show
     from unbackdoor.cli import surrogates as surrogates_of
     from unbackdoor.compute import device_named
-    from unbackdoor.detect.registry import MODEL_DETECTORS
     from unbackdoor.detect.scan import Scan
     from unbackdoor.errors import InvalidInputError
     from unbackdoor.settings import configure
@@ -55,8 +53,7 @@ def calibrate(
     if bool(models) == bool(surrogates):
         raise InvalidInputError("give either clean models, or a number of --surrogates to train.")
     show.check_folder(out)
-    scan = configure(Scan(), settings or [])
-    others = tuple(find("model detector", MODEL_DETECTORS, name)() for name in detector or [])
+    scan = configure(Scan(others=tuple(detector or ())), settings or [])
     data = inputs.read_data(inputs.DataOptions(clean, split, clean_count, image_size, class_names))
     pool, entries = data, list[calibrating.CleanModel]()
     if surrogates:
@@ -87,7 +84,6 @@ def calibrate(
     plan = calibrating.Plan(
         out=out,
         scan=scan,
-        others=others,
         pool=pool,
         images=clean_count,
         seed=seed,

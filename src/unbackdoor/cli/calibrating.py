@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from unbackdoor import rng
@@ -26,7 +25,7 @@ from unbackdoor.detect.calibration import (
 )
 from unbackdoor.detect.plausibility import check_plausible
 from unbackdoor.detect.scan import Scan
-from unbackdoor.errors import InvalidInputError, UnsupportedModelError
+from unbackdoor.errors import InvalidInputError
 from unbackdoor.types import LabelledImages, Progress
 
 FILES = (".safetensors", ".pt", ".pth")
@@ -53,7 +52,6 @@ class Plan:
     Args:
         out: The file; it grows by one model at a time, and a started one goes on.
         scan: The scan that it is for; its detectors score the models.
-        others: More detectors that score them.
         pool: Where each model's clean images are drawn from.
         images: How many are drawn.
         seed: Draws and detectors follow it.
@@ -65,7 +63,6 @@ class Plan:
 
     out: Path
     scan: Scan
-    others: tuple[Any, ...]
     pool: LabelledImages
     images: int
     seed: int
@@ -76,8 +73,7 @@ class Plan:
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Return the options of all detectors by name."""
-        detectors = (*self.scan.detectors().values(), *self.others)
-        return {detector.name: options_of(detector) for detector in detectors}
+        return {name: options_of(detector) for name, detector in self.scan.detectors().items()}
 
 
 def calibrate(
@@ -116,9 +112,13 @@ def calibrate(
                 f"{entry.name} is {kind.words()}, the models before it are {found.kind.words()}; calibrate "
                 "each kind by itself."
             )
-        scores = _scores(plan, network, clean, rng.generator(plan.seed + index), progress)
+        generator = rng.generator(plan.seed + index)
+        measured = plan.scan.measure(network, clean, generator=generator, progress=progress)
         scored = ScoredModel(
-            name=entry.name, sha256=digest, clean_accuracy=plausible.accuracy.value, scores=scores
+            name=entry.name,
+            sha256=digest,
+            clean_accuracy=plausible.accuracy.value,
+            scores=measured.scores(),
         )
         found = found.model_copy(update={"models": (*found.models, scored)})
         write_calibration(found, plan.out)
@@ -164,20 +164,6 @@ def from_file(options: ModelOptions, path: Path) -> CleanModel:
         return loaded.model, loaded.checkpoint.sha256
 
     return CleanModel(str(path), load)
-
-
-def _scores(
-    plan: Plan, network: nn.Module, clean: LabelledImages, generator: torch.Generator, progress: Progress
-) -> dict[str, float | None]:
-    scores = plan.scan.measure(network, clean, generator=generator, progress=progress).scores()
-    for detector in plan.others:
-        try:
-            found = detector.score(network, clean, generator=rng.spawn(generator), progress=progress)
-        except UnsupportedModelError:
-            scores[detector.name] = None
-            continue
-        scores[detector.name] = None if found.undetermined else found.score
-    return scores
 
 
 def _begun(plan: Plan, kind: Kind, images: int) -> CalibrationSet:

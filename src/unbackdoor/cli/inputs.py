@@ -112,7 +112,13 @@ def open_clean(options: DataOptions, loaded: LoadedModel, *, seed: int, hold_out
 
     If the source has no others, a fifth of the images is held out.
     """
-    everything = read_data(options)
+    return drawn_clean(read_data(options), options, loaded, seed=seed, hold_out=hold_out)
+
+
+def drawn_clean(
+    everything: LabelledImages, options: DataOptions, loaded: LoadedModel, *, seed: int, hold_out: bool
+) -> CleanData:
+    """Do what ``open_clean`` does, with images that were read before."""
     warnings = check_against_model(everything, loaded.num_classes)
     generator = rng.generator(seed)
     drawn = clean_draw(everything, options.count, rng.spawn(generator))

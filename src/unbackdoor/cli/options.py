@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+ModelPaths = Annotated[
+    list[Path],
+    typer.Argument(help="Model files: .safetensors, or state dicts from torch.save. Several: see --out."),
+]
 ModelPath = Annotated[Path, typer.Argument(help="Model file: .safetensors, or a state dict from torch.save.")]
 Arch = Annotated[
     str,
@@ -47,6 +51,20 @@ Normalize = Annotated[
                       "do not normalise by themselves."),
 ]  # fmt: skip
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random choices.")]
+Executor = Annotated[
+    str, typer.Option(help="inline, pool, ray or slurm; pool for several jobs, else inline.")
+]
+Jobs = Annotated[int, typer.Option(min=1, help="Tasks side by side.")]
+Address = Annotated[
+    str,
+    typer.Option(help="Of a Ray cluster, such as auto; for slurm, `local` tries jobs without a queue."),
+]
+Resources = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="For each task, NAME=VALUE: threads (pool), cpus and gpus (ray), what submitit takes (slurm)."
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 ReportPath = Annotated[Path | None, typer.Option(help="Also write a self-contained HTML report.")]

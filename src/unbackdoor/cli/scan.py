@@ -10,9 +10,14 @@ from unbackdoor.cli import options as o
 
 EXIT_CODES = {"clean": 0, "backdoored": 1, "inconclusive": 3}
 
+EXIT_REFUSED = 2
+
+WORST_FIRST = (1, EXIT_REFUSED, 3, 0)
+"""Exit codes, of which several files give the first that any of them has."""
+
 
 def scan(
-    model: o.ModelPath,
+    model: o.ModelPaths,
     arch: o.Arch,
     clean: o.Clean,
     num_classes: o.NumClasses = None,
@@ -31,43 +36,68 @@ def scan(
     fast: bool = typer.Option(
         False, "--fast", help="Leave trigger inversion out; the model cannot be called clean then."
     ),
+    detector: list[str] | None = typer.Option(
+        None,
+        help="Also run this model detector (`unbackdoor methods`); shown, it does not decide. Repeatable.",
+    ),
     settings: o.Settings = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     as_json: o.AsJson = False,
     report: o.ReportPath = None,
     sarif: Path | None = typer.Option(None, help="Also write SARIF 2.1.0, for code scanning."),
+    out: Path | None = typer.Option(
+        None, help="Folder of a JSON and an HTML document a file, for several files; runs/scan if not given."
+    ),
+    executor: o.Executor = "",
+    jobs: o.Jobs = 1,
+    address: o.Address = "",
+    resource: o.Resources = None,
 ) -> None:
-    """Say whether a model is backdoored, with the evidence.
+    """Say whether a model is backdoored, with the evidence; of several, a line each.
 
-    Exit code: 0 no evidence of a backdoor, 1 backdoored, 3 inconclusive, 2 error.
+    Exit code: 0 no evidence of a backdoor, 1 backdoored, 3 inconclusive, 2 error; of several files the worst:
+    1 before 2 before 3 before 0.
     """
-    from unbackdoor.cli import console, inputs, show
+    from unbackdoor.bench.executors import executor_named
+    from unbackdoor.cli import batch, benching, console, inputs, show
     from unbackdoor.cli.scanning import scan_document
     from unbackdoor.detect.calibration import read_calibration
     from unbackdoor.detect.scan import Scan
+    from unbackdoor.errors import InvalidInputError
     from unbackdoor.settings import configure
 
     for path in (report, sarif):
-        show.check_folder(path, model, Path(calibration) if calibration else None)
+        show.check_folder(path, *model, Path(calibration) if calibration else None)
     method = configure(
         Scan(
             alpha=alpha,
             fast=fast,
             calibration=read_calibration(Path(calibration)) if calibration else None,
+            others=tuple(detector or ()),
         ),
         settings or [],
     )
-    loaded = inputs.open_model(
-        inputs.ModelOptions(model, arch, num_classes, width, mean, std, normalize, device)
-    )
+    how = inputs.ModelOptions(model[0], arch, num_classes, width, mean, std, normalize, device)
+    images = inputs.DataOptions(clean, split, clean_count, image_size, class_names)
+    if len(model) > 1 or out is not None or executor:
+        if report is not None or sarif is not None:
+            raise InvalidInputError("--report and --sarif are for one file; several are documented in --out.")
+        place = executor_named(
+            executor or ("pool" if jobs > 1 else "inline"),
+            jobs=jobs,
+            address=address,
+            resources=benching.pairs(resource or ()),
+            folder=(out or batch.OUT) / "slurm",
+        )
+        scanner = batch.FileScanner(how, images, method, seed, out or batch.OUT)
+        found = batch.scan_files(scanner, model, place)
+        batch.say(found, scanner.out, as_json=as_json)
+        codes = {EXIT_CODES.get(record.get("verdict", ""), EXIT_REFUSED) for _, record in found}
+        raise typer.Exit(next(code for code in WORST_FIRST if code in codes))
+    loaded = inputs.open_model(how)
     show.announce(loaded)
-    data = inputs.open_clean(
-        inputs.DataOptions(clean, split, clean_count, image_size, class_names),
-        loaded,
-        seed=seed,
-        hold_out=False,
-    )
+    data = inputs.open_clean(images, loaded, seed=seed, hold_out=False)
     with console.progress_bar(hidden=as_json) as progress:
         document = scan_document(
             loaded.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -116,14 +117,15 @@ def calibration(found: CalibrationSet, out: Path, *, as_json: bool) -> None:
         return
     table = Table("detector", "models", "abstained", "median", "largest", box=None, pad_edge=False)
     for name in found.options:
-        scores = sorted(row[name] for row in found.rows([name]))
+        scored = [row[name] for row in found.rows([name])]
+        scores = sorted(score for score in scored if score > -math.inf)
         if not scores:
-            table.add_row(name, "0", str(len(found.models)), "-", "-")
+            table.add_row(name, "0", str(len(scored)), "-", "-")
             continue
         table.add_row(
             name,
             str(len(scores)),
-            str(len(found.models) - len(scores)),
+            str(len(scored) - len(scores)),
             f"{statistics.median(scores):.3f}",
             f"{scores[-1]:.3f}",
         )

@@ -47,8 +47,10 @@ class ActivationClustering:
     nearer it is to the suspect cluster's centre than to the other, less 1 in classes that the rule does not
     call poisoned (and there weighed by the silhouette), so that positive scores are what the rule removes.
     Public code disagrees on the rule, hence the option; the paper's exclusionary reclassification, which
-    trains a new network for each class, is left out. The model's verdict is ``class_statistic``, see
-    ``training_set``; its threshold is uncalibrated.
+    trains a new network for each class, is left out.
+
+    Verdict on the model (ours): the statistic of a class is its silhouette if the share of its smaller
+    cluster is below ``size``, else 0. The largest of a class is the score; its threshold is uncalibrated.
 
     Known to fail: clean classes of two kinds of images are flagged; where poisoned samples outnumber the
     clean ones of the class, the clean ones are; below some per cent of the class there is no second cluster.

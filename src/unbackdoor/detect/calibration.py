@@ -159,7 +159,7 @@ class ScoredModel(_Part):
         name: What to call it.
         sha256: Hash of its file, or of its weights; empty if unknown.
         clean_accuracy: On the images that it was scored with.
-        scores: One a detector; None where that detector abstained.
+        scores: One a detector that was run; None where it abstained, and no entry where it was not run.
     """
 
     name: str
@@ -198,22 +198,31 @@ class CalibrationSet(_Part):
         return self
 
     def fits(self, detector: Any) -> bool:  # noqa: ANN401 - any model detector
-        """Whether there are scores of ``detector`` with the options that it has."""
-        return self.options.get(detector.name) == options_of(detector)
+        """Whether models were scored by ``detector`` with the options that it has."""
+        return self.has(detector.name) and self.options[detector.name] == options_of(detector)
+
+    def has(self, name: str) -> bool:
+        """Whether models were scored by a detector of this name, with whatever options."""
+        return any(name in model.scores for model in self.models)
 
     def rows(self, names: Iterable[str]) -> list[dict[str, float]]:
-        """Return the scores of these detectors for each model on which none of them abstained."""
+        """Return these detectors' scores of each model that all of them were run on.
+
+        An abstention is the lowest score, minus infinity; see ``joint``.
+        """
         wanted = list(names)
-        found = [{name: model.scores.get(name) for name in wanted} for model in self.models]
-        return [
-            {name: score for name, score in row.items() if score is not None}
-            for row in found
-            if None not in row.values()
-        ]
+        found = [model.scores for model in self.models if set(wanted) <= set(model.scores)]
+        return [{name: _or_lowest(scores[name]) for name in wanted} for scores in found]
 
     def of(self, detector: Any) -> Calibration | None:  # noqa: ANN401 - any model detector
-        """Return the calibration of one detector alone; None if it has none with these options."""
-        scores = tuple(row[detector.name] for row in self.rows([detector.name]))
+        """Return the calibration of one detector alone; None if it has none with these options.
+
+        Models on which it abstained are left out. For one detector that is fair: a suspect on which it did
+        not abstain is exchangeable with the rest.
+        """
+        scores = tuple(
+            row[detector.name] for row in self.rows([detector.name]) if row[detector.name] > -math.inf
+        )
         return Calibration(scores, self.words(len(scores))) if scores and self.fits(detector) else None
 
     def words(self, n: int | None = None) -> str:
@@ -229,6 +238,10 @@ class CalibrationSet(_Part):
     def text(self) -> str:
         """Return the content of a file."""
         return self.model_dump_json(indent=1) + "\n"
+
+
+def _or_lowest(score: float | None) -> float:
+    return -math.inf if score is None else score
 
 
 def options_of(detector: Any) -> dict[str, Any]:  # noqa: ANN401 - any frozen dataclass

@@ -18,6 +18,9 @@ KINDS = {
 }
 """Detector to the kind of evidence that it gives."""
 
+OTHER = "a further detector"
+"""The kind of all that is run on request."""
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -47,7 +50,7 @@ def finding(evidence: Evidence, clean: LabelledImages) -> str:
     """Return what a detector measured, in a phrase.
 
     Args:
-        evidence: Of a detector of ``KINDS`` that did not abstain.
+        evidence: Of a detector that did not abstain.
         clean: For the names of classes.
     """
     detection = evidence.detection
@@ -70,4 +73,7 @@ def finding(evidence: Evidence, clean: LabelledImages) -> str:
             f"magnitude and saliency of the filters correlate by {found['correlation']:.2f}, after "
             f"suppression by {found['correlation_suppressed']:.2f}"
         )
-    return f"the row of {target} in the head stands out by {score:.2f} robust deviations ({limit})"
+    if evidence.name == "head_weights":
+        return f"the row of {target} in the head stands out by {score:.2f} robust deviations ({limit})"
+    suspected = f", suspected target {target}" if target else ""
+    return f"{evidence.title}: score {score:.3g} ({limit}){suspected}"

@@ -9,6 +9,10 @@ If the suspect is clean and exchangeable with the others, so are all n + 1 value
 treated symmetrically: flagging p <= alpha is wrong with probability at most alpha, for any number of
 detectors and any dependence between them. Bonferroni's rule would need m times as many models for m
 detectors.
+
+A detector that abstains on a model has given it the lowest score, minus infinity, be it the suspect or a
+clean model. So the same detectors and the same n models are compared whatever the suspect's scores are;
+choosing either by who abstained would void the guarantee.
 """
 
 from __future__ import annotations
@@ -55,17 +59,17 @@ def combine(clean: Sequence[Mapping[str, float]], suspect: Mapping[str, float], 
 
     Args:
         clean: One mapping of detector to score a model, each with at least the suspect's detectors.
-        suspect: Detector to finite score, at least one.
+        suspect: Detector to score, at least one. Scores are finite, or minus infinity for abstentions.
         alpha: False-positive rate, in (0, 1), for the thresholds.
 
     Raises:
-        InvalidInputError: If there are no scores, or one is missing or not finite.
+        InvalidInputError: If there are no scores, or one is missing, NaN or plus infinity.
     """
     missing = [name for row in clean for name in suspect if name not in row]
     values = [score for row in (suspect, *clean) for name, score in row.items() if name in suspect]
-    if not suspect or missing or not all(map(math.isfinite, values)):
+    if not suspect or missing or any(math.isnan(score) or score == math.inf for score in values):
         raise InvalidInputError(
-            f"scores can only be combined if there are some, all finite, of the same detectors; got "
+            f"scores can only be combined if there are some, finite or abstained, of the same detectors; got "
             f"{dict(suspect)} and {missing[0] + ' missing' if missing else values}."
         )
     pools = {name: [suspect[name], *(row[name] for row in clean)] for name in suspect}
@@ -93,9 +97,10 @@ def combine(clean: Sequence[Mapping[str, float]], suspect: Mapping[str, float], 
 
 
 def _frame(pool: Sequence[float]) -> tuple[float, float]:
-    """Return the pool's median and robust standard deviation; 1 where all values are equal."""
-    centre = statistics.median(pool)
-    deviations = [abs(score - centre) for score in pool]
+    """Return the median and robust standard deviation of the finite scores; 1 where all are equal."""
+    known = [score for score in pool if score > -math.inf] or [0.0]
+    centre = statistics.median(known)
+    deviations = [abs(score - centre) for score in known]
     scale = _MAD_TO_SIGMA * statistics.median(deviations)
     # Scores that are equal for more than half of the models have no median deviation.
     scale = scale or _MEAN_DEVIATION_TO_SIGMA * statistics.fmean(deviations)

@@ -28,8 +28,9 @@ from unbackdoor.types import Detection, LabelledImages, Progress, as_float, sile
 FEWEST_IMAGES = 8
 """On fewer images any patch can be fitted."""
 
-VARIANCE_OF_EBYD = 0.01
-"""Variance of the ten class shares above which "Expose Before You Defend" calls a model backdoored."""
+INDEX_OF_EBYD = 0.01 * 100 / 9
+"""Concentration above which "Expose Before You Defend" calls a model backdoored: a variance of 0.01 of the
+ten class shares. As a variance it would be out of reach from 99 classes on."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ class UnlearntLabel:
     2410.19427), which flags a variance of the class shares above 0.01 at ten classes.
 
     Deviations: the score is the Herfindahl index ``(K sum c^2 - 1) / (K - 1)`` of the shares c, which is that
-    variance times K^2 / (K - 1) and runs from 0 (even) to 1 (one class) for any K; the threshold follows from
-    0.01 and K. Clean models collapse too, if pushed far enough: take a calibration. For all-to-all backdoors
-    there is no such class. ``collapse`` reads the same run earlier, and by its errors.
+    variance times K^2 / (K - 1) and runs from 0 (even) to 1 (one class) for any K; the threshold is 0.11 for
+    any K, which is 0.01 at ten classes. Clean models collapse too, if pushed far enough: take a
+    calibration. For all-to-all backdoors there is no such class. ``collapse`` reads the same run earlier,
+    and by its errors.
 
     Args:
         unlearning: How the copy is unlearnt; the shares are read at its end.
@@ -78,8 +80,8 @@ class UnlearntLabel:
         threshold, source = threshold_from(
             self.calibration,
             self.alpha,
-            fixed=factor * VARIANCE_OF_EBYD,
-            source="the variance 0.01 of arXiv 2410.19427, uncalibrated",
+            fixed=INDEX_OF_EBYD,
+            source="the variance 0.01 at ten classes of arXiv 2410.19427, uncalibrated",
         )
         score = float(factor * shares.var(unbiased=False))
         problem = _not_unlearnt(unlearnt, self.unlearning)

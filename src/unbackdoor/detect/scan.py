@@ -12,21 +12,23 @@ import torch
 from torch import nn
 
 from unbackdoor import rng
+from unbackdoor.catalogue import dashed, find
 from unbackdoor.compute import check_fits
 from unbackdoor.detect.calibration import CalibrationSet, Kind, shipped_for
 from unbackdoor.detect.collapse import Collapse
-from unbackdoor.detect.evidence import KINDS, REQUIRED, Evidence
+from unbackdoor.detect.evidence import KINDS, OTHER, REQUIRED, Evidence
 from unbackdoor.detect.exposure import Exposure, Statistic, expose
 from unbackdoor.detect.head_weights import HeadWeights
 from unbackdoor.detect.joint import Joint, combine
 from unbackdoor.detect.mnp import CorrelationRatio
 from unbackdoor.detect.plausibility import Plausibility, check_plausible
+from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.detect.suspects import SuspectFilter, suspect_filters
 from unbackdoor.detect.trigger_search import FoundTriggers, RecoveredTrigger, TriggerSearch
 from unbackdoor.detect.verdict import Confidence, Judgement, Verdict, confidence_of
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.suppression import Suppression
-from unbackdoor.types import Detection, LabelledImages, Progress, silent
+from unbackdoor.types import Detection, LabelledImages, ModelDetector, Progress, silent
 
 MOST_IMAGES_APART = 2.0
 """A calibration made with more or fewer images than the scan has, by this factor, does not apply."""
@@ -96,7 +98,7 @@ class Scan:
     few carried them. Each misses what the other finds, so that neither alone says ``clean``. Their scores are
     compared jointly with those of clean models of the same kind (see ``joint``): one p-value, whatever
     depends on whatever. MNP's correlation ratio and the rows of the head are computed, shown, and do not
-    decide unless ``deciding`` names them.
+    decide unless ``deciding`` names them; nor do ``others``.
 
     ``backdoored``: p <= ``alpha``, which at most a share ``alpha`` of clean models meets.
     ``inconclusive``: p <= 2 ``alpha``; or there are too few images, no or too few clean models to compare
@@ -112,6 +114,7 @@ class Scan:
         alpha: Largest false-positive rate, in (0, 1).
         calibration: Clean models' scores; None takes what comes with the package for this kind of network.
         smallest_per_class: With fewer images per class of the model on average, no verdict is given.
+        others: More model detectors by name, run with their default options, whose opinions are shown.
     """
 
     suppression: Suppression = field(default_factory=Suppression)
@@ -122,6 +125,7 @@ class Scan:
     alpha: float = 0.05
     calibration: CalibrationSet | None = None
     smallest_per_class: float = 5.0
+    others: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
@@ -131,6 +135,12 @@ class Scan:
                 f"deciding must hold {' and '.join(REQUIRED)} and may hold others of {', '.join(KINDS)}; got "
                 f"{self.deciding}."
             )
+        names = [cls.name for cls in self._other_classes()]
+        if repeated := [name for name in names if name in KINDS or names.count(name) > 1]:
+            raise InvalidInputError(f"a scan runs {dashed(repeated[0])!r} once; do not name it again.")
+
+    def _other_classes(self) -> list[type[Any]]:
+        return [find("model detector", MODEL_DETECTORS, name) for name in self.others]
 
     def detectors(self) -> dict[str, Any]:
         """Return the detectors of this scan by name, uncalibrated."""
@@ -139,6 +149,7 @@ class Scan:
             CorrelationRatio(self.suppression, self.statistic),
             self.search,
             HeadWeights(),
+            *(cls() for cls in self._other_classes()),
         )
         return {detector.name: detector for detector in found if not (self.fast and detector is self.search)}
 
@@ -220,13 +231,12 @@ class Scan:
                 progress=progress,
             )
             opinions["trigger_search"] = (self.search.judge(triggers), clock.lap())
-        opinions["head_weights"] = (
-            _opinion(detectors["head_weights"], model, clean, rng.spawn(generator)),
-            clock.lap(),
-        )
+        for name in ("head_weights", *(cls.name for cls in self._other_classes())):
+            opinion = _opinion(detectors[name], model, clean, rng.spawn(generator), progress)
+            opinions[name] = (opinion, clock.lap())
         evidence = tuple(
             Evidence(
-                kind=KINDS[name],
+                kind=KINDS.get(name, OTHER),
                 name=name,
                 title=detectors[name].title,
                 source=detectors[name].source,
@@ -272,18 +282,20 @@ class Scan:
         )
 
     def joint(self, scores: Mapping[str, float | None], calibration: CalibrationSet | None) -> Joint | None:
-        """Compare the deciding scores with those of clean models; None if there is nothing to compare."""
+        """Compare the deciding scores with those of clean models; None if there is nothing to compare.
+
+        Which detectors and models enter depends on options and calibration alone, never on the scores.
+        """
+        if calibration is None:
+            return None
         detectors = self.detectors()
-        usable = {
-            name: score
+        suspect = {
+            name: -math.inf if score is None else score
             for name, score in scores.items()
-            if score is not None
-            and name in self.deciding
-            and calibration is not None
-            and calibration.fits(detectors[name])
+            if name in self.deciding and calibration.fits(detectors[name])
         }
-        rows = calibration.rows(usable) if calibration is not None and usable else []
-        return combine(rows, usable, self.alpha) if rows else None
+        rows = calibration.rows(suspect) if suspect else []
+        return combine(rows, suspect, self.alpha) if rows else None
 
     def _calibrated(
         self, evidence: Evidence, calibration: CalibrationSet | None, joint: Joint | None
@@ -337,8 +349,8 @@ class Scan:
             return ()
         detectors = self.detectors()
         odd = [n for n in self.deciding if n in detectors and not calibration.fits(detectors[n])]
-        absent = [KINDS[name] for name in odd if name not in calibration.options]
-        other = [KINDS[name] for name in odd if name in calibration.options]
+        absent = [KINDS[name] for name in odd if not calibration.has(name)]
+        other = [KINDS[name] for name in odd if calibration.has(name)]
         sentences = []
         if absent:
             sentences.append(
@@ -354,14 +366,16 @@ class Scan:
 
 
 def _opinion(
-    detector: HeadWeights, model: nn.Module, clean: LabelledImages, generator: torch.Generator
+    detector: ModelDetector,
+    model: nn.Module,
+    clean: LabelledImages,
+    generator: torch.Generator,
+    progress: Progress,
 ) -> Detection:
     try:
-        return detector.score(model, clean, generator=generator)
+        return detector.score(model, clean, generator=generator, progress=progress)
     except UnsupportedModelError as error:
-        return Detection(
-            math.nan, detector.threshold, "a fixed value, uncalibrated", undetermined=str(error).rstrip(".")
-        )
+        return Detection(math.nan, math.nan, "none", undetermined=str(error).rstrip("."))
 
 
 class _Stopwatch:

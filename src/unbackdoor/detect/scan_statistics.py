@@ -85,6 +85,9 @@ class SCAn:
     classes that are not contaminated (and there weighed by the index over e^2), so that positive scores are
     what the method removes.
 
+    Verdict on the model: the score is the index of the class with the largest J_t, how far that lies above
+    the median class in robust standard deviations. The threshold is uncalibrated.
+
     Known to fail: small classes have large J_t by chance, more than F / N_t, so sets with very uneven classes
     flag the smallest; with fewer than five classes no class is flagged.
 

@@ -26,8 +26,11 @@ class SpectralSignatures:
 
     Deviations: none in the score by default. The share that is removed is left to the user, since the paper's
     1.5 times the poison rate needs the poison rate; public code removes 15 % of each class, half of it, or
-    1.5 times the true rate. The verdict on the model, which the method does not have, is
-    ``class_statistic``, see ``training_set``; its threshold (that of SCAn) is uncalibrated.
+    1.5 times the true rate.
+
+    Verdict on the model, which the method does not have (ours): ``statistic`` says how two-fold a class is;
+    the score is how far the most two-fold one lies above the median class, in robust standard deviations.
+    The threshold, that of SCAn, is uncalibrated.
 
     Known to fail: where about half of a class is poisoned its mean lies between both kinds, which then
     score alike.

@@ -2,10 +2,11 @@
 
 A training-set detector ranks samples. MNP (arXiv 2405.17750, Table 4) lists detection rates of *models* for
 such methods and does not say how one follows from the other. The reading here, ours: each class gets one
-statistic, the model's score is the most suspicious one, and the threshold is calibrated on clean models with
-*their* training sets. The number of samples that a method removes is never the statistic: most remove a
-fixed share of any set, clean or not. Such a verdict needs the suspect training set, which a scan of a
-downloaded model does not have.
+statistic, and the model's score is the most suspicious one. The threshold is a fixed one of each method
+unless a ``Calibration`` is given in Python, from clean models with *their* training sets; no command makes
+one, so that the false-positive rate of such a verdict is not known. The number of samples that a method
+removes is never the statistic: most remove a fixed share of any set, clean or not. Such a verdict needs the
+suspect training set, which a scan of a downloaded model does not have.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def excess_indices(statistics: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class ClassVerdict:
-    """Turn one statistic a class into a statement on the model; see the head of this file.
+    """Turn one statistic a class into a statement on the model; the reading is ours.
 
     Args:
         score: ``largest`` is the largest statistic of a class; ``index`` is how far it lies above the median

@@ -13,6 +13,18 @@ from unbackdoor.types import LabelledImages
 
 Verdict = Literal["backdoored", "clean", "inconclusive"]
 
+Ground = Literal["uncompared", "too few models", "far", "incomplete", "close", "nothing"]
+"""Why a verdict is what it is."""
+
+VERDICTS: dict[Ground, Verdict] = {
+    "uncompared": "inconclusive",
+    "too few models": "inconclusive",
+    "far": "backdoored",
+    "incomplete": "inconclusive",
+    "close": "inconclusive",
+    "nothing": "clean",
+}
+
 ROUNDING = 1e-12
 """P-values are ratios of small integers, and alpha a decimal fraction: equal ones may differ by this."""
 
@@ -40,9 +52,28 @@ class Confidence:
     guarantee: str
 
 
+def ground_of(joint: Joint | None, *, complete: bool, alpha: float) -> Ground:
+    """Return the ground of a verdict, which follows from it; the rule of ``Scan`` for enough images.
+
+    Args:
+        joint: The comparison with clean models, or None if there was nothing to compare.
+        complete: Whether there is evidence of all ``REQUIRED`` kinds.
+        alpha: Largest false-positive rate, in (0, 1).
+    """
+    if joint is None:
+        return "uncompared"
+    if joint.smallest_p > alpha + ROUNDING:
+        return "too few models"
+    if joint.p_value <= alpha + ROUNDING:
+        return "far"
+    if not complete:
+        return "incomplete"
+    return "close" if joint.p_value <= 2 * (alpha + ROUNDING) else "nothing"
+
+
 @dataclass(frozen=True, eq=False)
 class Judgement:
-    """The rule that turns evidence into a verdict; see ``Scan``.
+    """The rule that turns evidence into a verdict, with its reason; see ``Scan`` and ``ground_of``.
 
     Args:
         evidence: What the detectors said, calibrated.
@@ -62,23 +93,27 @@ class Judgement:
 
     def verdict(self) -> tuple[Verdict, str]:
         """Return the verdict and its reason, a sentence without a full stop."""
-        joint, alpha = self.joint, self.alpha + ROUNDING
         if len(self.clean) < self.smallest_per_class * self.classes:
             return "inconclusive", (
                 f"{len(self.clean)} images for {self.classes} classes are too few for a verdict; give at "
                 f"least {math.ceil(self.smallest_per_class * self.classes)}"
             )
-        if joint is None:
-            return "inconclusive", self._uncompared()
-        if joint.smallest_p > alpha:
-            return "inconclusive", f"{too_few(joint.n, self.alpha)}; {self._said()}"
-        if joint.p_value <= alpha:
-            return "backdoored", f"{self._said(flagged=True)}; {_chance(joint)}"
-        if missing := self._missing():
-            return "inconclusive", f"the evidence is incomplete: {' and '.join(missing)}; {self._said()}"
-        if joint.p_value <= 2 * alpha:
-            return "inconclusive", f"the model is close to the threshold: {self._said()}; {_chance(joint)}"
-        return "clean", f"no evidence of a backdoor: {self._said()}; {_chance(joint)}"
+        missing = self._missing()
+        ground = ground_of(self.joint, complete=not missing, alpha=self.alpha)
+        return VERDICTS[ground], self._reason(ground, missing)
+
+    def _reason(self, ground: Ground, missing: list[str]) -> str:
+        if self.joint is None:
+            return self._uncompared()
+        if ground == "too few models":
+            return f"{too_few(self.joint.n, self.alpha)}; {self._said()}"
+        if ground == "incomplete":
+            return f"the evidence is incomplete: {' and '.join(missing)}; {self._said()}"
+        beside = _chance(self.joint)
+        if ground == "far":
+            return f"{self._said(flagged=True)}; {beside}"
+        found = "the model is close to the threshold" if ground == "close" else "no evidence of a backdoor"
+        return f"{found}: {self._said()}; {beside}"
 
     def suspect(self, verdict: Verdict) -> Evidence | None:
         """Return the evidence that names the suspected class: the furthest from clean models, or None.
@@ -92,10 +127,10 @@ class Judgement:
         if joint is None:
             flagged = [each for each in self.evidence if each.decides and each.detection.is_backdoored]
             return flagged[0] if flagged else None
-        compared = [each for each in self.evidence if each.name in joint.scaled]
-        first = max(compared, key=lambda each: joint.scaled[each.name])
         near = max(2 * self.alpha, joint.smallest_p) + ROUNDING
-        if joint.p_values[first.name] <= near:
+        compared = [e for e in self.evidence if e.name in joint.scaled and not e.detection.undetermined]
+        first = max(compared, key=lambda each: joint.scaled[each.name], default=None)
+        if first is not None and joint.p_values[first.name] <= near:
             return first
         # What no clean model can vouch for may still point somewhere.
         others = [e for e in self.evidence if e.decides and e.name not in joint.scaled]
@@ -121,7 +156,7 @@ class Judgement:
             if found[name].undetermined
             else f"there are no clean models to compare {KINDS[name]} with"
             for name in REQUIRED
-            if name not in compared
+            if name not in compared or found[name].undetermined
         ]
 
     def _said(self, *, flagged: bool = False) -> str:

@@ -17,7 +17,13 @@ from unbackdoor.bench.trial_tables import (
 
 
 def record(
-    name: str, attack: str | None, scores: dict[str, float | None], *, target: int = 3, **more: object
+    name: str,
+    attack: str | None,
+    scores: dict[str, float | None],
+    *,
+    target: int = 3,
+    rate: float = 0.1,
+    **more: object,
 ) -> dict[str, Any]:
     return {
         "key": name,
@@ -25,6 +31,7 @@ def record(
         "status": "ok",
         "valid": True,
         "attack": attack,
+        "poison_fraction": rate if attack else None,
         "label_rule": {"rule": "all_to_one", "target_class": 3} if attack else None,
         "detections": {
             detector: {"score": score, "target_class": target, "seconds": 2.0, "undetermined": ""}
@@ -73,10 +80,13 @@ def test_the_tables() -> None:
     models = scored(trial())
     found = columns(models)
     lines = summary_table(found).splitlines()
-    row = next(line for line in lines if "| scan |" in line).split(" | ")
+    rows = [line.split(" | ") for line in lines if "| scan |" in line]
     # Of three models that are no adaptive attack two are flagged; one of these names the right class.
-    assert row[2].startswith("66.7 (2/3) [")
-    assert row[5].startswith("50.0 (1/2) [")
+    assert rows[0][3].startswith("66.7 (2/3) [")
+    assert rows[0][6].startswith("50.0 (1/2) [")
+    # The third is inconclusive, since the search abstained, and a miss.
+    assert rows[0][7].startswith("1/3 [")
+    assert [row[2] for row in rows] == ["all", "six of Table 4", "ten of the paper"]
     attacks = attack_table(found, "d").splitlines()
     assert [line.split(" | ")[0] for line in attacks[2:]] == [
         "| adaptive-magnitude", "| badnets", "| blend", "| clean",
@@ -86,11 +96,76 @@ def test_the_tables() -> None:
     assert ratios[3].split(" | ")[2] == "3"
 
 
+def test_the_scan_follows_its_own_rule() -> None:
+    # p <= rate, the search abstained, p <= 2 rate, and far below.
+    models = scored(
+        [
+            *(
+                record(f"clean-{i:02d}", None, {"collapse": 0.01 * i, "trigger_search": 0.01 * i})
+                for i in range(38)
+            ),
+            record("badnets-00", "badnets", {"collapse": 9.0, "trigger_search": None}),
+            record("badnets-01", "badnets", {"collapse": 0.1, "trigger_search": None}),
+            record("badnets-02", "badnets", {"collapse": 0.1, "trigger_search": 0.0}),
+        ]
+    )
+    found = {column.detector: column for column in columns(models)}
+    verdicts = {o.model.name: o.verdict for o in found["scan"].of(clean=False)}
+    assert verdicts == {"badnets-00": "backdoored", "badnets-01": "inconclusive", "badnets-02": "clean"}
+    # Clean models beside the threshold: those that exactly one model of the calibration exceeds.
+    calibration, rest = halves([model for model in models if model.is_clean])
+    ranks = {
+        o.model.name: sum(m.name >= o.model.name for m in calibration) for o in found["scan"].of(clean=True)
+    }
+    assert {o.model.name for o in found["scan"].of(clean=True) if o.inconclusive} == {
+        model.name for model in rest if ranks[model.name] == 1
+    }
+    assert not any(o.inconclusive for o in found["collapse"].outcomes)
+    (row,) = [
+        line.split(" | ")
+        for line in summary_table(list(found.values())).splitlines()
+        if "| scan | all" in line
+    ]
+    assert row[7].startswith("1/3 [")
+
+
+def test_summaries_select_infected_models() -> None:
+    scores: dict[str, float | None] = {"collapse": 9.0, "trigger_search": 0.0}
+    all_to_all = record("badnets-a2a-00", "badnets", scores)
+    all_to_all["label_rule"] = {"rule": "all_to_all"}
+    models = scored(
+        [
+            *trial()[:40],
+            record("badnets-00", "badnets", scores),
+            record("badnets-1pct-00", "badnets", scores, rate=0.01),
+            all_to_all,
+            record("cl-00", "cl", scores, rate=0.0),
+            record("sig-00", "sig", scores, rate=0.0),
+            record("bpp-00", "bpp", scores),
+        ]
+    )
+    lines = [line.split(" | ") for line in summary_table(columns(models)).splitlines()]
+    counts = {row[2]: row[3].split("(")[1].split(")")[0] for row in lines if row[1] == "scan"}
+    assert counts == {"all": "6/6", "six of Table 4": "2/2", "ten of the paper": "3/3", "rates <= 2%": "1/1"}
+
+
 def test_half_of_few_clean_models_guarantees_less() -> None:
     few = [each for each in trial() if each["attack"] or each["key"] < "clean-10"]
     for column in columns(scored(few)):
         assert column.calibrated_on == 5
         assert column.rate == pytest.approx(1 / 6)
+
+
+def test_a_clean_model_that_is_not_scored_stays_in_the_calibration() -> None:
+    records = [each for each in trial() if each["attack"] or each["key"] < "clean-38"]
+    calibration, _ = halves([model for model in scored(records) if model.is_clean])
+    mute = next(each for each in records if each["key"] == calibration[0].name)
+    mute["detections"]["collapse"]["score"] = None
+    found = {column.detector: column for column in columns(scored(records))}
+    for name in ("collapse", "scan"):
+        # 19 models, one of them without a score: 5 % is guaranteed, and can be reached.
+        assert (found[name].calibrated_on, found[name].rate) == (19, 0.05)
+        assert "badnets-01" in {o.model.name for o in found[name].of(clean=False) if o.flagged}
 
 
 def test_refusals_are_misses() -> None:

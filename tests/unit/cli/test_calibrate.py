@@ -61,6 +61,18 @@ def test_own_models_are_scored_once_and_used_by_a_scan(
     )  # fmt: skip
     assert (scan.json["confidence"]["models"], scan.json["confidence"]["origin"]) == (2, "models")
 
+    # What was calibrated can be asked for, and is shown with its p-value beside what decides.
+    more = run(
+        "scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--calibration", out, "--json",
+        "--alpha", 0.35, "--fast", "--detector", "rnp-label", *QUICK,
+    )  # fmt: skip
+    row = next(row for row in more.json["detectors"] if row["name"] == "rnp_label")
+    assert (row["decides"], row["p_value"] is not None) == (False, True)
+    assert row["summary"].startswith("Class shares of the unlearnt model: score ")
+    # The others are what they were without it.
+    for one, before in zip(more.json["detectors"], scan.json["detectors"], strict=False):
+        assert (one["score"], one["p_value"]) == (before["score"], before["p_value"])
+
     other = calibrate(run, files, honest, "--out", out)
     assert other.code == 2
     assert "made with other options, models or images; choose another --out, or add --force" in other.err

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,14 @@ def test_a_file_is_read_and_written(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps(VALID))
     read = read_calibration(path)
-    assert read.rows(["collapse"]) == [{"collapse": 0.1}, {"collapse": 0.2}]
-    assert read.rows(["collapse", "mnp"]) == [{"collapse": 0.1, "mnp": 1.0}]
+    # An abstention is the lowest score; a detector that was not run has none.
+    assert read.rows(["collapse"]) == [{"collapse": 0.1}, {"collapse": -math.inf}, {"collapse": 0.2}]
+    assert read.rows(["collapse", "mnp"]) == [
+        {"collapse": 0.1, "mnp": 1.0},
+        {"collapse": -math.inf, "mnp": 2.0},
+    ]
+    assert read.has("mnp")
+    assert not read.has("trigger_search")
     assert (read.origin, read.images, read.kind.image_shape) == ("models", 5, (3, 8, 8))
     write_calibration(read, tmp_path / "again.json")
     assert read_calibration(tmp_path / "again.json") == read

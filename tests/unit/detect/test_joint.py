@@ -63,6 +63,22 @@ def test_too_few_models_have_no_threshold() -> None:
     assert joint.p_value == 0.2
 
 
+def test_an_abstention_is_the_lowest_score_and_leaves_the_number_of_models() -> None:
+    mute = {"a": 2.5, "b": -math.inf}
+    # The suspect: all of b is lower than any clean b, and its a is as it was, beside all four models.
+    joint = combine(CLEAN, mute, 0.2)
+    assert (joint.n, joint.p_values["b"]) == (4, 1.0)
+    assert joint.p_values["a"] == joint.p_value < 1.0
+    # A clean model: it competes by its other score, and the frame is that of the finite scores.
+    clean = [*CLEAN[:3], {"a": 9.0, "b": -math.inf}]
+    joint = combine(clean, {"a": 3.0, "b": 90.0}, 0.2)
+    assert joint.n == 4
+    assert joint.scaled["b"] == pytest.approx((90 - 25) / (1.4826 * 10))
+    assert joint.p_value == 0.2
+    # All abstain: no evidence.
+    assert combine([{"a": -math.inf}] * 4, {"a": -math.inf}, 0.2).p_value == 1.0
+
+
 @pytest.mark.parametrize(
     ("clean", "suspect"),
     [(CLEAN, {}), ([{"b": 1.0}], {"a": 1.0}), (CLEAN, {"a": math.nan}), ([{"a": math.inf}], {"a": 1.0})],

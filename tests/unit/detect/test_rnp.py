@@ -40,6 +40,16 @@ def test_the_threshold_at_ten_classes_is_the_variance_of_the_source() -> None:
     assert found.threshold == pytest.approx(100 * 0.01 / 9)
 
 
+def test_a_collapse_can_be_flagged_however_many_classes_there_are() -> None:
+    for classes in (2, 99, 200):
+        matrix = torch.zeros(classes, classes, dtype=torch.int64)
+        matrix[1:, 0] = 1
+        found = UnlearntLabel().judge(run(matrix))
+        assert found.score == pytest.approx(1.0)
+        assert found.threshold == pytest.approx(0.111, abs=1e-3)
+        assert found.is_backdoored
+
+
 def test_an_accuracy_that_did_not_fall_is_said() -> None:
     found = UnlearntLabel().judge(run(10 * torch.eye(5, dtype=torch.int64)))
     assert math.isnan(found.score)

@@ -106,6 +106,30 @@ def test_a_fast_scan_flags_and_never_clears() -> None:
     assert result.detection("trigger_search") is None
 
 
+def test_what_is_compared_does_not_depend_on_who_abstains() -> None:
+    scan = calibrated(SCAN, 0.3, 0.5)
+    assert scan.calibration is not None
+    mute = scan.joint({"collapse": 9.0, "mnp": None, "trigger_search": None}, scan.calibration)
+    assert mute is not None
+    assert (set(mute.p_values), mute.n) == ({"collapse", "trigger_search"}, 19)
+    # A clean model on which the search abstained stays; one that it was not run on has no say.
+    first, second, *rest = scan.calibration.models
+    first = first.model_copy(update={"scores": first.scores | {"trigger_search": None}})
+    second = second.model_copy(update={"scores": {"collapse": 0.3}})
+    odd = scan.calibration.model_copy(update={"models": (first, second, *rest)})
+    joint = scan.joint({"collapse": 9.0, "trigger_search": 0.5}, odd)
+    assert joint is not None
+    assert joint.n == 18
+    # No scores of the search at all: collapse alone is compared, as the file says and not the suspect.
+    without = tuple(m.model_copy(update={"scores": {"collapse": 0.3}}) for m in odd.models)
+    for search in (None, 0.5):
+        alone = scan.joint(
+            {"collapse": 9.0, "trigger_search": search}, odd.model_copy(update={"models": without})
+        )
+        assert alone is not None
+        assert (set(alone.p_values), alone.n) == ({"collapse"}, 19)
+
+
 FAST = replace(SCAN, fast=True)
 
 
@@ -239,6 +263,20 @@ def test_foreign_images_permit_no_verdict() -> None:
     result = scanned(SCAN, planted().model, LabelledImages(noise, images().labels))
     assert result.verdict == "inconclusive"
     assert "the model is right on only" in result.reason
+
+
+def test_other_detectors_are_shown_and_do_not_decide() -> None:
+    scan = replace(FAST, others=("rnp-label", "mm_bd"))
+    result = scanned(scan, *separable(2, 40))
+    rows = {each.name: each for each in result.evidence}
+    assert list(rows) == ["collapse", "mnp", "head_weights", "rnp_label", "mm_bd"]
+    assert not rows["mm_bd"].decides
+    # No calibration: the threshold is the detector's own.
+    assert rows["rnp_label"].detection.p_value is None
+    assert rows["rnp_label"].kind == "a further detector"
+    for others in (("nc", "nc"), ("collapse",), ("magic",)):
+        with pytest.raises(InvalidInputError, match=r"once; do not name it again|unknown model detector"):
+            replace(FAST, others=others)
 
 
 @pytest.mark.parametrize("options", [{"alpha": 0.0}, {"deciding": ("collapse",)}, {"deciding": ("magic",)}])

@@ -43,7 +43,9 @@ def judge(
 ) -> tuple[Verdict, str, Evidence | None]:
     there = tuple(each for each in (collapse, search) if each is not None)
     usable = {
-        e.name: e.detection.score for e in there if not e.detection.undetermined and e.name in calibrated
+        e.name: -math.inf if e.detection.undetermined else e.detection.score
+        for e in there
+        if e.name in calibrated
     }
     joint = combine(clean[:models], usable, alpha) if usable and models else None
     judgement = Judgement(there, joint, images, 4, alpha, 5.0)
@@ -82,6 +84,13 @@ def test_one_kind_alone_never_says_clean(collapse: Evidence, search: Evidence | 
     verdict, reason, suspect = judge(collapse, search)
     assert (verdict, suspect) == ("inconclusive", None)
     assert why in reason
+
+
+def test_nothing_measured_is_inconclusive() -> None:
+    mute = [evidence(name, 0, undetermined="too steep") for name in ("collapse", "trigger_search")]
+    verdict, reason, suspect = judge(*mute, alpha=0.5)
+    assert (verdict, suspect) == ("inconclusive", None)
+    assert reason.endswith("nothing was measured")
 
 
 def test_one_kind_alone_may_say_backdoored() -> None:
