@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 
 import typer
@@ -16,22 +15,13 @@ NAMES = (
 """Kept here, so that ``--help`` need not import PyTorch; a test compares them with the registry."""
 
 
-class Stem(StrEnum):
-    """The first layers of a ResNet."""
-
-    SMALL = "3x3"
-    LARGE = "7x7"
-
-
 def attack(
     name: str = typer.Argument(help=f"{', '.join(NAMES)}, or none for a clean twin trained in the same way."),
     data: str = typer.Option(..., help="Data set to train on, in any form that --clean takes."),
     out: Path = typer.Option(..., help="Folder for model.safetensors, trigger.safetensors and card.json."),
     arch: o.Arch = "resnet18",
     width: int = typer.Option(16, min=1, help="Channels of the first stage; the papers' is 64."),
-    stem: Stem = typer.Option(
-        Stem.SMALL, help="First layer of a ResNet: 3x3, or 7x7 with stride and pooling for larger images."
-    ),
+    stem: o.StemOption = o.Stem.SMALL,
     epochs: int = typer.Option(24, min=1, help="Passes over the data, with a one-cycle schedule."),
     settings: o.Settings = None,
     split: o.Split = "train",

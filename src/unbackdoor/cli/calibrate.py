@@ -20,8 +20,12 @@ def calibrate(
         0, min=0, help="Train this many clean models on the clean images instead; 19 allow a rate of 5 %."
     ),
     epochs: int = typer.Option(30, min=1, help="Epochs of each surrogate."),
+    stem: o.StemOption = o.Stem.SMALL,
     num_classes: o.NumClasses = None,
-    width: o.Width = None,
+    width: int | None = typer.Option(
+        None,
+        help="Channels of the first stage: read from the files; with --surrogates the suspect's, else 64.",
+    ),
     split: o.Split = "train",
     clean_count: o.CleanCount = 500,
     image_size: o.ImageSize = None,
@@ -69,6 +73,7 @@ def calibrate(
             test=pool,
             arch=arch,
             width=width,
+            stem=stem.value,
             num_classes=num_classes or data.num_classes,
             epochs=epochs,
             seed=seed,

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+
+class Stem(StrEnum):
+    """The first layers of a ResNet."""
+
+    SMALL = "3x3"
+    LARGE = "7x7"
+
+
 ModelPaths = Annotated[
     list[Path],
     typer.Argument(help="Model files: .safetensors, or state dicts from torch.save. Several: see --out."),
 ]
+
+
 ModelPath = Annotated[Path, typer.Argument(help="Model file: .safetensors, or a state dict from torch.save.")]
 Arch = Annotated[
     str,
@@ -24,6 +35,9 @@ NumClasses = Annotated[
     int | None, typer.Option(help="Outputs of the model; read from its head if not given.")
 ]
 Width = Annotated[int | None, typer.Option(help="Channels of the first stage; read from the file.")]
+StemOption = Annotated[
+    Stem, typer.Option(help="First layer of a ResNet: 3x3, or 7x7 with stride and pooling for larger images.")
+]
 Clean = Annotated[
     str,
     typer.Option(

@@ -37,6 +37,7 @@ class Surrogates:
         test: Where their accuracy is measured.
         arch: Architecture, as ``--arch`` names it.
         width: Channels of the first stage, or None for the architecture's own.
+        stem: First layer of a ResNet, ``3x3`` or ``7x7``.
         num_classes: Outputs.
         epochs: Of each.
         seed: The first one's; each has its own.
@@ -48,6 +49,7 @@ class Surrogates:
     test: LabelledImages
     arch: str
     width: int | None
+    stem: str
     num_classes: int
     epochs: int
     seed: int
@@ -107,6 +109,7 @@ class Surrogates:
         if not architecture.is_user_code:
             options["in_channels"] = self.data.images.shape[1]
             options |= {} if self.width is None else {"width": self.width}
+            options |= {} if self.stem == "3x3" else {"stem": self.stem}
         with rng.isolated(rng.generator(self.seed + index)):
             network = architecture.build(**options)
         mean, std = channel_statistics(self.data)
@@ -117,6 +120,7 @@ class Surrogates:
         described = {
             "arch": self.arch,
             "width": self.width,
+            "stem": self.stem,
             "num_classes": self.num_classes,
             "images": len(self.data),
             "data_sha256": hashlib.sha256(self.data.images.cpu().numpy().tobytes()).hexdigest(),

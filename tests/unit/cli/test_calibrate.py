@@ -135,6 +135,7 @@ def test_surrogates_are_trained_once_and_go_on(
     out.unlink()
     assert run(*common).code == 0
     assert [model.sha256 for model in read_calibration(out).models] == [m.sha256 for m in found.models]
-    other = run(*common, "--epochs", 4, "--force")
-    assert other.code == 2
-    assert "holds a surrogate that was trained with other options" in other.err
+    for change in (("--epochs", 4), ("--stem", "7x7")):
+        other = run(*common, *change, "--force")
+        assert other.code == 2
+        assert "holds a surrogate that was trained with other options" in other.err
