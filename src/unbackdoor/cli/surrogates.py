@@ -75,8 +75,9 @@ class Surrogates:
         folder = self.folder / f"surrogate-{index:02d}"
         network = self._network(index)
         if (folder / "card.json").exists():
+            digest = self._checked(folder, index)
             network.load_state_dict(read_tensors(folder / "model.safetensors"))
-            return network.eval(), self._checked(folder, index)
+            return network.eval(), digest
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
