@@ -74,3 +74,12 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for link in links:
         if "://" not in link:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_site_has_every_page_and_its_links_stay_within() -> None:
+    nav = (DOCS.parent / "mkdocs.yml").read_text()
+    for name, page in PAGES.items():
+        assert f": {name}\n" in nav, f"mkdocs.yml lacks {name}"
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            inside = "://" in link or (page.parent / link).resolve().is_relative_to(DOCS)
+            assert inside, f"{name} links to {link}, which the site does not have"
