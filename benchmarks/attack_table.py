@@ -35,6 +35,7 @@ PAPER = {
         "fc": (87.58, 94.36),
     },
 }
+LOW_RATE = 0.05
 COLUMNS = (
     "model", "attack", "poisoned", "CA", "ASR", "RA", "floor", "decoys", "PSNR", "SSIM", "max",
     "CPU s", "valid", "paper CA / ASR",
@@ -69,7 +70,10 @@ def _row(entry: Entry, paper: Mapping[str, tuple[float, float]]) -> tuple[str, .
     card = entry.card
     validity: dict[str, Any] = card.get("validity", {})
     stealth: dict[str, Any] = validity.get("stealth", {})
-    printed = paper.get(card["attack"] or "")
+    differs = card.get("differs_from_paper", {})
+    # The paper's rows are all-to-one at high rates; beside others they would mislead.
+    other = "rule" in differs or float(differs.get("poison_fraction", {}).get("here", 1)) < LOW_RATE
+    printed = None if other else paper.get(card["attack"] or "")
     decoys = [
         f"{name} {100 * rate['value']:.1f}" for name, rate in validity.get("decoy_accuracy", {}).items()
     ]
