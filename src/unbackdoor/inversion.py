@@ -37,6 +37,9 @@ from unbackdoor.types import LabelledImages, Progress, as_float, silent
 _OPEN = 1e-6
 """Keeps tanh from saturating where a mask or pattern starts at 0 or 1."""
 
+_MEASURED_TOGETHER = 64
+"""Images a pass when a mask is measured: most masks fail on the first few."""
+
 _MAD_TO_SIGMA = 1.4826
 _MEAN_DEVIATION_TO_SIGMA = 1.2533
 
@@ -409,31 +412,37 @@ def _measured(
     backwards = [*reversed(search.found)]
     reach = range(len(backwards).bit_length())
     candidates = [*(backwards[2**k - 1] for k in reach), search.nearest]
-    rates: list[float] = []
-    for candidate in candidates:
-        rates.append(_success(model, clean, search, candidate))
-        if rates[-1] >= options.success:
+    for best in candidates:
+        rate = _success(model, clean, search, best, asked=options.success)
+        if rate >= options.success:
             break
-    chosen = max(range(len(rates)), key=lambda i: -math.inf if math.isnan(rates[i]) else rates[i])
-    best = candidates[chosen]
+    else:
+        rates = [_success(model, clean, search, candidate) for candidate in candidates]
+        chosen = max(range(len(rates)), key=lambda i: -math.inf if math.isnan(rates[i]) else rates[i])
+        best, rate = candidates[chosen], rates[chosen]
     return InvertedTrigger(
         target_class=search.target_class,
         mask=best.mask.cpu(),
         pattern=best.pattern.cpu(),
         l1=best.l1,
-        success=rates[chosen],
-        reached=rates[chosen] >= options.success,
+        success=rate,
+        reached=rate >= options.success,
         steps=search.steps,
         history=tuple(search.history),
     )
 
 
-def _success(model: nn.Module, clean: LabelledImages, search: _Search, candidate: _Candidate) -> float:
+def _success(
+    model: nn.Module, clean: LabelledImages, search: _Search, candidate: _Candidate, *, asked: float = 0.0
+) -> float:
+    """Return the share of other classes' images that go to the class; below ``asked`` a bound is enough."""
     if not len(search.others):
         return math.nan
-    hits = 0
-    for part in search.others.split(250):
+    count, missed = len(search.others), 0
+    for part in search.others.split(_MEASURED_TOGETHER):
         images = as_float(clean.images[part])
         stamped = (1 - candidate.mask) * images + candidate.mask * candidate.pattern
-        hits += int((logits_of(model, stamped).argmax(1) == search.target_class).sum())
-    return hits / len(search.others)
+        missed += int((logits_of(model, stamped).argmax(1) != search.target_class).sum())
+        if (count - missed) / count < asked:
+            break
+    return (count - missed) / count

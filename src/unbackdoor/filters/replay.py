@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from unbackdoor.compute import EVALUATION_BATCH, device_of, memory_format_for, mode
 from unbackdoor.costs import partial_pass
 from unbackdoor.types import as_float
+
+_COMPARED = 32
+"""How many images a restarted pass is compared on with a full one, once a layer."""
 
 MEMORY = 4 * 2**30
 """Most bytes that one ``Replay`` remembers; networks and images that need more run in full."""
@@ -101,18 +105,20 @@ class Replay:
         logits = self._run(start)
         if start not in self._checked:
             # Tied weights and other tricks may use a tensor before its owner runs: compare once a layer.
-            full = self._run(0)
-            self._checked[start] = torch.equal(logits, full) or torch.allclose(logits, full, atol=1e-5)
-            return full
+            full = self._run(0, parts=1)
+            few = logits[: len(full)]
+            self._checked[start] = torch.equal(few, full) or torch.allclose(few, full, atol=1e-5)
+            return logits if self._checked[start] else self._run(0)
         return logits
 
-    def _run(self, start: int) -> Tensor:
-        parts = []
+    def _run(self, start: int, parts: int | None = None) -> Tensor:
+        """Return the logits of all images, or of the first parts, from ``start`` on."""
+        found = []
         with torch.no_grad(), mode(self.model, training=False), partial_pass(self._share(start)):
-            for part, calls in zip(self._parts(), self._passes, strict=True):
+            for part, calls in islice(zip(self._parts(), self._passes, strict=True), parts):
                 with _answering(self.model, {n: c.output for n, c in calls.items() if c.end < start}):
-                    parts.append(self.model(part))
-        return torch.cat(parts)
+                    found.append(self.model(part))
+        return torch.cat(found)
 
     def _share(self, start: int) -> float:
         """Return the share of the multiply-adds that a pass from ``start`` on does again."""
@@ -129,8 +135,11 @@ class Replay:
 
     def _parts(self) -> Iterator[Tensor]:
         device, layout = device_of(self.model), memory_format_for(self.model)
-        for part in self.images.split(self.batch_size):
-            yield as_float(part.to(device)).contiguous(memory_format=layout)
+        # The first part is small, since each layer's first trial runs it in full as well.
+        first = min(_COMPARED, self.batch_size)
+        for part in (self.images[:first], *self.images[first:].split(self.batch_size)):
+            if len(part):
+                yield as_float(part.to(device)).contiguous(memory_format=layout)
 
 
 def _observed(model: nn.Module, images: Tensor, *, remember: bool) -> _Observed:

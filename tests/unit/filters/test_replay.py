@@ -82,6 +82,16 @@ def test_work_before_the_changed_layer_is_not_done_again() -> None:
     assert {"layer3.1.conv2", "layer4.1.conv2"} <= set(ran)
 
 
+def test_only_few_images_are_compared_with_a_full_pass() -> None:
+    model = nets.randomise(build("resnet18", width=8, num_classes=4))
+    replay = Replay(model, nets.images(50))
+    replay.record()
+    with metered() as cost:
+        replay.logits_after(["layer3.1.conv2.weight"])
+    assert cost.kinds["forward fp32"] == 32
+    assert 0 < cost.kinds["forward fp32 replayed"] < 50
+
+
 def test_recording_again_takes_changes_for_good() -> None:
     model = nets.randomise(build("resnet18", width=8, num_classes=4))
     replay = Replay(model, IMAGES)
