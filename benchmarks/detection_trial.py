@@ -8,6 +8,13 @@ Killed and started again, it goes on where it was; several may share one folder.
 images come from the test split, which no model was trained on. Thresholds come from one half of the clean
 models of a data set, figures from the other half and all infected models; those whose attack did not take
 are left out and counted. The models are described in detection_trial.toml and trained by build_zoo.py.
+
+`--zoo DIR` scores models that are there, such as those of the zoo, instead of training any, and
+`--calibration FILE` takes the thresholds from a file of `unbackdoor calibrate`, so that all clean models are
+tested:
+
+    python benchmarks/detection_trial.py --zoo zoo --sets cifar10 --data cifar10=DIR --out runs/zoo-trial
+    python benchmarks/detection_trial.py --out runs/zoo-trial --tables --calibration FILE
 """
 
 from __future__ import annotations
@@ -25,9 +32,10 @@ from typing import Any
 import torch
 
 from unbackdoor.bench import trial, zoo
-from unbackdoor.bench.store import Store
+from unbackdoor.bench.store import Record, Store
 from unbackdoor.bench.trial_tables import attack_table, columns, ratio_table, scored, summary_table
 from unbackdoor.data import load_images
+from unbackdoor.detect.calibration import CalibrationSet, read_calibration
 from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.errors import UnbackdoorError
 
@@ -49,6 +57,8 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.05)
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each")
     parser.add_argument("--no-training", action="store_true", help="score the models that are there")
+    parser.add_argument("--zoo", type=Path, help="score the models of this folder, train none")
+    parser.add_argument("--calibration", type=Path, help="a file that the thresholds come from")
     parser.add_argument("--tables", action="store_true", help="compute nothing, print the tables")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -60,7 +70,7 @@ def main() -> None:
             data = paths.get(name) or sets[name].get("data")
             if data is None:
                 parser.error(f"--data {name}=PATH is needed, or leave {name} out with --sets")
-            if not options.no_training:
+            if not (options.no_training or options.zoo):
                 _train(options, name, sets[name], data)
             _score(options, name, sets[name], data, store)
     if not options.worker:
@@ -94,14 +104,14 @@ def _score(
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     pool = load_images(data, split="test")
-    asked = trial.Trial(options.out / name, pool)
+    asked = trial.Trial(options.zoo or options.out / name, pool)
     trial.run(asked, questions(options, name, described), store, said=_say)
 
 
 def questions(options: argparse.Namespace, name: str, described: dict[str, Any]) -> Iterator[trial.Question]:
     """Yield the questions, detector by detector, so that a run that is stopped early has whole columns."""
     try:
-        entries = zoo.entries(options.out / name)
+        entries = zoo.entries(options.zoo or options.out / name)
     except UnbackdoorError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return
@@ -126,7 +136,10 @@ def _print_tables(options: argparse.Namespace, store: Store) -> None:
     records = list(store.records().values())
     models = scored(records)
     invalid = {(r["cell"]["data"], r["cell"]["model"]) for r in records if not r.get("valid", True)}
-    found = columns(models, options.alpha)
+    calibration = read_calibration(options.calibration) if options.calibration else None
+    if calibration is not None:
+        _check_options(calibration, records, options.calibration)
+    found = columns(models, options.alpha, calibration)
     clean = sum(model.is_clean for model in models)
     print(
         f"{clean} clean and {len(models) - clean} infected models; {len(invalid)} whose attack did not take"
@@ -136,6 +149,13 @@ def _print_tables(options: argparse.Namespace, store: Store) -> None:
     for data in dict.fromkeys(column.data for column in found):
         print(attack_table(found, data), end="\n\n")
     print(ratio_table(models))
+
+
+def _check_options(calibration: CalibrationSet, records: list[Record], path: Path) -> None:
+    for record in records:
+        for name, settings in record["cell"]["settings"].items():
+            if calibration.options.get(name, settings) != settings:
+                sys.exit(f"{path} was made with other options of {name} than the scores were.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Tables of a detection trial: thresholds from one half of the clean models, figures from the other.
 
-Pure functions from records to Markdown. A model on which a detector abstains, or that it refuses, counts as
-not flagged: a miss where it is infected, and the lowest score where it is a clean model of the calibration.
+With a calibration file the thresholds come from it, and all clean models are tested. Pure functions from
+records to Markdown. A model on which a detector abstains, or that it refuses, counts as not flagged: a miss
+where it is infected, and the lowest score where it is a clean model of the calibration.
 
 The row ``scan`` follows the scan's own rule (``detect.verdict.ground_of``), so that a model may also be
 inconclusive: not flagged, and not cleared either. The other detectors are inconclusive where they abstain.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import torch
 from unbackdoor import rng
 from unbackdoor.bench.store import Record
 from unbackdoor.bench.tables import markdown, percent
+from unbackdoor.detect.calibration import CalibrationSet
 from unbackdoor.detect.evidence import REQUIRED
 from unbackdoor.detect.joint import Joint, combine
 from unbackdoor.detect.verdict import VERDICTS, Verdict, ground_of
@@ -182,7 +185,7 @@ def _scored(data: str, name: str, records: Sequence[Record]) -> Scored:
     return Scored(
         name=name,
         data=data,
-        group=name.rpartition("-")[0] or name,
+        group=re.sub(r"-\d+$", "", name),
         attack=records[-1]["attack"],
         target=rule.get("target_class") if rule.get("rule") == "all_to_one" else None,
         poison_fraction=records[-1].get("poison_fraction"),
@@ -202,23 +205,34 @@ def halves(models: Sequence[Scored]) -> tuple[list[Scored], list[Scored]]:
     return ordered[::2], ordered[1::2]
 
 
-def columns(models: Sequence[Scored], alpha: float = 0.05) -> list[Column]:
-    """Calibrate each detector on one half of the clean models of each data set, and apply it to the rest.
+def columns(
+    models: Sequence[Scored], alpha: float = 0.05, calibration: CalibrationSet | None = None
+) -> list[Column]:
+    """Calibrate each detector, and apply it to the models that it was not calibrated on.
 
     Args:
         models: All models, of any data sets.
-        alpha: False-positive rate asked for; where half of the clean models cannot guarantee it, the
-            smallest rate that they can.
+        alpha: False-positive rate asked for; where the clean models cannot guarantee it, the smallest rate
+            that they can.
+        calibration: Where thresholds come from, for the detectors that it has, with whatever options it was
+            made; all clean models are then tested. Without it, one half of the clean models of each data set.
     """
     found = []
     for data in dict.fromkeys(model.data for model in models):
         here = [model for model in models if model.data == data]
-        calibration, rest = halves([model for model in here if model.is_clean])
+        clean = [model for model in here if model.is_clean]
+        known, rest = ([], clean) if calibration else halves(clean)
         tested = [*rest, *(model for model in here if not model.is_clean)]
-        for detector in dict.fromkeys(name for model in here for name in model.scores):
-            found.append(_column(detector, (detector,), data, calibration, tested, alpha))
-        if all(any(name in model.scores for model in here) for name in REQUIRED):
-            found.append(_column(JOINT, REQUIRED, data, calibration, tested, alpha))
+        asked: dict[str, tuple[str, ...]] = {name: (name,) for model in here for name in model.scores}
+        if set(REQUIRED) <= set(asked):
+            asked[JOINT] = REQUIRED
+        for detector, parts in asked.items():
+            if calibration is None:
+                rows = [_scores(model, parts) for model in known if set(parts) <= set(model.scores)]
+            else:
+                rows = calibration.rows(parts)
+            if rows or calibration is None:
+                found.append(_column(detector, parts, data, rows, tested, alpha))
     return found
 
 
@@ -226,11 +240,10 @@ def _column(
     detector: str,
     parts: Sequence[str],
     data: str,
-    calibration: Sequence[Scored],
+    rows: Sequence[Mapping[str, float]],
     tested: Sequence[Scored],
     alpha: float,
 ) -> Column:
-    rows = [_scores(model, parts) for model in calibration if set(parts) <= set(model.scores)]
     asked = [model for model in tested if set(parts) <= set(model.scores)]
     rate = max(alpha, 1 / (len(rows) + 1))
     times = [sum(model.seconds.get(part, 0.0) for part in parts) for model in asked]

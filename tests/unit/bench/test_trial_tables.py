@@ -14,6 +14,7 @@ from unbackdoor.bench.trial_tables import (
     scored,
     summary_table,
 )
+from unbackdoor.detect.calibration import CalibrationSet, Kind, ScoredModel
 
 
 def record(
@@ -74,6 +75,31 @@ def test_thresholds_come_from_one_half_and_figures_from_the_other() -> None:
     assert {o.model.name for o in found["collapse"].of(clean=False) if o.flagged} == {"badnets-01"}
     # Two of the scan's detectors take four seconds.
     assert found["scan"].seconds == 4.0
+
+
+def test_thresholds_may_come_from_a_file() -> None:
+    file = CalibrationSet(
+        description="made up",
+        kind=Kind(architecture="x", parameters=1, num_classes=2, image_shape=(3, 8, 8)),
+        images=500,
+        options={"collapse": {}, "trigger_search": {}},
+        models=tuple(
+            ScoredModel(name=str(i), scores={"collapse": 0.01 * i, "trigger_search": 0.01 * (7 * i % 20)})
+            for i in range(20)
+        ),
+    )
+    found = {column.detector: column for column in columns(scored(trial()), 0.05, file)}
+    # The file has no scores of the third detector, which therefore has no threshold.
+    assert set(found) == {"collapse", "trigger_search", "scan"}
+    for column in found.values():
+        assert (column.calibrated_on, len(column.of(clean=True))) == (20, 40)
+    # Of clean scores 0.00 to 0.39, twenty lie above the file's largest.
+    assert sum(o.flagged for o in found["collapse"].of(clean=True)) == 20
+
+
+def test_groups_keep_all_of_a_name_but_its_number() -> None:
+    records = [record(name, "badnets", {"mnp": 0.0}) for name in ("badnets-0.5pct", "badnets-a2a-03")]
+    assert {model.group for model in scored(records)} == {"badnets-0.5pct", "badnets-a2a"}
 
 
 def test_the_tables() -> None:
