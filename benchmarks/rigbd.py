@@ -4,7 +4,7 @@
     python benchmarks/rigbd.py --out runs/rigbd-cora.jsonl --planetoid FOLDER --data cora
     python benchmarks/rigbd.py --out runs/rigbd.jsonl --tables
 
-A method with options of its own is written as `rigbd:detection.cut=likelihood`.
+A method or an attack with options of its own is written as `rigbd:detection.cut=likelihood`.
 """
 
 from __future__ import annotations
@@ -49,17 +49,22 @@ def cells(options: argparse.Namespace) -> list[GraphCell]:
     return [
         graph_cell(
             data,
-            attack,
+            attack.partition(":")[0],
             method.partition(":")[0],
             seed=seed,
-            options=dict(part.split("=", 1) for part in method.partition(":")[2].split(",") if part),
-            attack_options={"poisoned": str(options.poisoned or poisoned(data))},
+            options=given(method),
+            attack_options={"poisoned": str(options.poisoned or poisoned(data)), **given(attack)},
         )
         for seed in options.seeds
         for data in options.data
         for attack in options.attacks
         for method in options.methods
     ]
+
+
+def given(text: str) -> dict[str, str]:
+    """Return the options in ``NAME:OPTION=VALUE,...``."""
+    return dict(part.split("=", 1) for part in text.partition(":")[2].split(",") if part)
 
 
 def poisoned(data: str) -> int:

@@ -27,6 +27,9 @@ from unbackdoor.types import Progress, silent
 VERSION = 1
 """Raised when the meaning of a graph cell changes."""
 
+_SCALED = ("poisoned",)
+"""Options of attacks that go with the size of the data."""
+
 
 @dataclass(frozen=True)
 class GraphCell:
@@ -54,8 +57,15 @@ class GraphCell:
 
     @property
     def model(self) -> str:
-        """What is defended, for tables."""
-        return f"{self.data}, {self.attack}"
+        """What is defended, for tables: data and attack, with what was changed of the attack's options."""
+        offence = _attack(self.attack, {})
+        usual = {} if offence is None else _spelt(offence)
+        changed = [
+            f"{name}={value}"
+            for name, value in self.attack_settings.items()
+            if value != usual[name] and name not in _SCALED
+        ]
+        return f"{self.data}, {self.attack}" + (f" [{', '.join(changed)}]" if changed else "")
 
     @property
     def key(self) -> str:

@@ -26,6 +26,15 @@ def test_everything_that_decides_a_result_is_in_the_key() -> None:
     assert cell("sba", "rigbd").attack_settings["poisoned"] == "12"
 
 
+def test_changed_options_of_an_attack_are_in_the_name_of_what_is_defended() -> None:
+    def model(attack: str, options: dict[str, str]) -> str:
+        return graph_cell("tiny", attack, "plain", seed=0, attack_options=options).model
+
+    assert model("ugba", {"poisoned": "12"}) == "tiny, ugba"
+    assert model("ugba", {"similarity_weight": "100"}) == "tiny, ugba [similarity_weight=100]"
+    assert model("none", {}) == "tiny, none"
+
+
 def test_records_are_kept_and_tables_made_from_them(tmp_path: Path) -> None:
     store = Store(tmp_path / "graphs.jsonl")
     lines: list[str] = []
