@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,7 @@ from unbackdoor.filters.groups import find_filters
 from unbackdoor.filters.mask import PruneMode
 from unbackdoor.filters.select import below
 from unbackdoor.neuron_noise import Target, ascended, perturbed_tensors, random_noise, targets_of
-from unbackdoor.purify.selection import Selection, divide, exposed_copy, select
+from unbackdoor.purify.selection import Selection, divide, exposed_copy, purified, select
 from unbackdoor.train import Batch, batches
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
@@ -138,18 +138,11 @@ class ANP:
             model, guarding, filter_map, scores, self.selection,
             own=below(scores, self.threshold), exposed=exposed, prune_mode=self.prune_mode, progress=progress,
         )  # fmt: skip
-        return Purified(
-            model=selected.mask.apply(model, filter_map, prune_mode=self.prune_mode),
-            mask=selected.mask,
-            scores=scores,
-            diagnostics={
-                "options": asdict(self),
-                "masks_on": "norms" if targets[0].on_norm else "weights",
-                **_described(scores, losses),
-                "skipped_layers": [g.name for g in filter_map.prunable if g.name not in scores],
-                **selected.describe(),
-            },
-        )
+        found = {
+            "masks_on": "norms" if targets[0].on_norm else "weights",
+            **_described(scores, losses),
+        }
+        return purified(self, model, filter_map, scores, selected, self.prune_mode, found)
 
     def _learn(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from unbackdoor.errors import UnsupportedModelError
 from unbackdoor.filters.groups import FilterMap, Norm, find_filters
 from unbackdoor.filters.mask import PruneMode
 from unbackdoor.purify.clp import check_u, far_below, standardised
-from unbackdoor.purify.selection import Selection, divide, exposed_copy, select
+from unbackdoor.purify.selection import Selection, divide, exposed_copy, purified, select
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
 
@@ -94,17 +94,10 @@ class BNP:
             model, guarding, filter_map, scores, self.selection,
             own=far_below(scores, self.u), exposed=exposed, prune_mode=self.prune_mode, progress=progress,
         )  # fmt: skip
-        return Purified(
-            model=selected.mask.apply(model, filter_map, prune_mode=self.prune_mode),
-            mask=selected.mask,
-            scores=scores,
-            diagnostics={
-                "options": asdict(self),
-                "divergence_nats": {n: _summary(values) for n, values in divergences.items()},
-                "skipped_layers": [g.name for g in filter_map.prunable if g.name not in scores],
-                **selected.describe(),
-            },
-        )
+        found = {
+            "divergence_nats": {n: _summary(values) for n, values in divergences.items()},
+        }
+        return purified(self, model, filter_map, scores, selected, self.prune_mode, found)
 
 
 def clean_divergences(model: nn.Module, clean: LabelledImages, filter_map: FilterMap) -> dict[str, Tensor]:

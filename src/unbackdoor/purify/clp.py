@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +13,7 @@ from unbackdoor.compute import check_fits
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterGroup, FilterMap, find_filters
 from unbackdoor.filters.mask import PruneMode
-from unbackdoor.purify.selection import Selection, divide, exposed_copy, select
+from unbackdoor.purify.selection import Selection, divide, exposed_copy, purified, select
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
 
@@ -96,17 +96,8 @@ class CLP:
             model, guarding, filter_map, scores, self.selection,
             own=far_below(scores, self.u), exposed=exposed, prune_mode=self.prune_mode, progress=progress,
         )  # fmt: skip
-        return Purified(
-            model=selected.mask.apply(model, filter_map, prune_mode=self.prune_mode),
-            mask=selected.mask,
-            scores=scores,
-            diagnostics={
-                "options": asdict(self),
-                "constants": {name: _summary(values) for name, values in constants.items()},
-                "skipped_layers": [g.name for g in filter_map.prunable if g.name not in constants],
-                **selected.describe(),
-            },
-        )
+        found = {"constants": {name: _summary(values) for name, values in constants.items()}}
+        return purified(self, model, filter_map, scores, selected, self.prune_mode, found)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.mask import PruneMode
 from unbackdoor.purify.bnp import visit_norm_inputs
 from unbackdoor.purify.clp import check_u, far_below, standardised
-from unbackdoor.purify.selection import Selection, divide, exposed_copy, select
+from unbackdoor.purify.selection import Selection, divide, exposed_copy, purified, select
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
 
@@ -105,21 +105,14 @@ class EP:
             model, guarding, filter_map, scores, self.selection,
             own=far_below(scores, self.u), exposed=exposed, prune_mode=self.prune_mode, progress=progress,
         )  # fmt: skip
-        return Purified(
-            model=selected.mask.apply(model, filter_map, prune_mode=self.prune_mode),
-            mask=selected.mask,
-            scores=scores,
-            diagnostics={
-                "options": asdict(self),
-                "mean_entropy_nats": {
-                    name: float(values.nanmean()) if not bool(values.isnan().all()) else None
-                    for name, values in entropies.items()
-                },
-                "constant_filters": sum(int(values.isnan().sum()) for values in entropies.values()),
-                "skipped_layers": [g.name for g in filter_map.prunable if g.name not in scores],
-                **selected.describe(),
+        found = {
+            "mean_entropy_nats": {
+                name: float(values.nanmean()) if not bool(values.isnan().all()) else None
+                for name, values in entropies.items()
             },
-        )
+            "constant_filters": sum(int(values.isnan().sum()) for values in entropies.values()),
+        }
+        return purified(self, model, filter_map, scores, selected, self.prune_mode, found)
 
 
 def answer_entropies(

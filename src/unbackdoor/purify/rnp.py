@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +15,7 @@ from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.mask import PruneMode
 from unbackdoor.filters.select import Exposed, below
 from unbackdoor.masks import LearntMasks, MaskTraining, learn_masks
-from unbackdoor.purify.selection import Selection, divide, select
+from unbackdoor.purify.selection import Selection, divide, purified, select
 from unbackdoor.suppression import Suppressed, Suppression, suppress
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
@@ -140,18 +140,8 @@ class RNP:
             model, guarding, filter_map, scores, self.selection,
             own=below(scores, self.threshold), exposed=exposed, prune_mode=self.prune_mode, progress=progress,
         )  # fmt: skip
-        return Purified(
-            model=selected.mask.apply(model, filter_map, prune_mode=self.prune_mode),
-            mask=selected.mask,
-            scores=scores,
-            diagnostics={
-                "options": asdict(self),
-                "ca_min_reached": reached,
-                **_measured(unlearnt, recovered),
-                "skipped_layers": [g.name for g in filter_map.prunable if g.name not in scores],
-                **selected.describe(),
-            },
-        )
+        found = {"ca_min_reached": reached, **_measured(unlearnt, recovered)}
+        return purified(self, model, filter_map, scores, selected, self.prune_mode, found)
 
     def _recover(
         self,

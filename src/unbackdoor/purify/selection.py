@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,10 @@ from unbackdoor.filters.groups import FilterMap
 from unbackdoor.filters.mask import FilterMask, PruneMode
 from unbackdoor.filters.select import Exposed, Guard, Step, guarded_walk, order
 from unbackdoor.suppression import Suppression, suppress
-from unbackdoor.types import LabelledImages, Progress, silent
+from unbackdoor.types import LabelledImages, Progress, Purified, silent
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -238,3 +241,36 @@ def select(
         progress=progress,
     )
     return Selected(mask, tuple(steps))
+
+
+def purified(
+    method: DataclassInstance,
+    model: nn.Module,
+    filter_map: FilterMap,
+    scores: Mapping[str, Tensor],
+    selected: Selected,
+    prune_mode: PruneMode,
+    found: Mapping[str, Any],
+) -> Purified:
+    """Remove the selected filters, and say what was done.
+
+    Args:
+        method: Its options go into the diagnostics.
+        model: The network; left untouched.
+        filter_map: From ``find_filters``.
+        scores: What the filters were ranked by.
+        selected: From ``select``.
+        prune_mode: What removing means.
+        found: JSON values: what the method measured on the way.
+    """
+    return Purified(
+        model=selected.mask.apply(model, filter_map, prune_mode=prune_mode),
+        mask=selected.mask,
+        scores=scores,
+        diagnostics={
+            "options": asdict(method),
+            **found,
+            "skipped_layers": [group.name for group in filter_map.prunable if group.name not in scores],
+            **selected.describe(),
+        },
+    )
