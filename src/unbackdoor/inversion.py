@@ -1,8 +1,13 @@
-"""Trigger inversion: the smallest patch that sends clean images of all other classes to one class.
+"""Trigger inversion: the smallest trigger that sends clean images of all other classes to one class.
 
-Source: Neural Cleanse (Wang et al., "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural
-Networks", IEEE S&P 2019): ``x' = (1 - m) x + m p``, minimise ``CE(F(x'), t) + lambda ||m||_1`` over mask m
-and pattern p. A class that a backdoor leads to needs an unusually small mask.
+Source of patches: Neural Cleanse (Wang et al., "Neural Cleanse: Identifying and Mitigating Backdoor Attacks
+in Neural Networks", IEEE S&P 2019): ``x' = (1 - m) x + m p``, minimise ``CE(F(x'), t) + lambda ||m||_1`` over
+mask m and pattern p. A class that a backdoor leads to needs an unusually small mask.
+
+A trigger that is spread over the image, as blends, sinusoids and faint noise are, is no small patch, but an
+unusually small change of all pixels: ``x' = clip(x + d)``, minimise ``CE(F(x'), t) + lambda ||d||_2``; after
+Xiang, Miller, Kesidis, "Detection of Backdoors in Trained Classifiers Without Access to the Training Set",
+2020, arXiv 1908.10498, who look for the smallest additive perturbation of each pair of classes.
 
 Ours: classes advance side by side, each with a few images, in one forward pass; images of the target class
 are left out, since they need no trigger; a mask counts only after its success was measured again, in fp32
@@ -40,6 +45,11 @@ _OPEN = 1e-6
 _MEASURED_TOGETHER = 64
 """Images a pass when a mask is measured: most masks fail on the first few."""
 
+Form = Literal["patch", "additive"]
+
+NORMS: Mapping[Form, str] = {"patch": "l1_pixels", "additive": "l2"}
+"""What the norm of each form is called in JSON."""
+
 _MAD_TO_SIGMA = 1.4826
 _MEAN_DEVIATION_TO_SIGMA = 1.2533
 
@@ -49,13 +59,15 @@ class Inversion:
     """How triggers are inverted. Symbols are those of Neural Cleanse.
 
     Args:
+        form: What a trigger is: a ``patch``, measured by the l1 norm of its mask, in pixels; or ``additive``,
+            measured by the l2 norm of the change, with pixels in [0, 1].
         steps: Most gradient steps of each class; the classes share each forward pass.
         round_steps: Steps after which success is judged and lambda may move; a "mini-epoch".
         batch_size: Images a step and class.
         together: Most classes in one forward pass; the others wait for a free place.
-        learning_rate: Step of Adam in tanh space.
+        learning_rate: Step of Adam, for patches in tanh space.
         betas: Of Adam.
-        lambda0: First weight of the mask's l1 norm.
+        lambda0: First weight of the trigger's norm.
         multiplier: Lambda times this after ``patience`` good rounds; divided by its 1.5th power after as
             many bad ones.
         patience: Rounds, see ``multiplier``.
@@ -64,10 +76,12 @@ class Inversion:
         early_stop_factor: A norm below this times the last one that counted is an improvement.
         early_stop_patience: Rounds without improvement, once lambda went both up and down, that end a
             class's run.
-        init: Whether mask and pattern start ``random``, uniform in [0, 1], or at ``ones`` in tanh space.
+        init: Whether mask and pattern of a patch start ``random``, uniform in [0, 1], or at ``ones`` in tanh
+            space. A change starts at 0.
         precision: Of the forward and backward passes.
     """
 
+    form: Form = "patch"
     steps: int = 150
     round_steps: int = 5
     batch_size: int = 32
@@ -106,6 +120,15 @@ class Inversion:
                 "init must be 'random' or 'ones' and start 'lambda0' or 'zero', got "
                 f"{self.init!r} and {self.start!r}."
             )
+        if self.form not in ("patch", "additive"):
+            raise InvalidInputError(f"form must be 'patch' or 'additive', got {self.form!r}.")
+
+    @staticmethod
+    def additive() -> Inversion:
+        """Return settings for triggers that change the whole image a little."""
+        return Inversion(
+            form="additive", steps=120, batch_size=16, learning_rate=0.003, lambda0=0.1, success=0.95
+        )
 
     @staticmethod
     def paper() -> Inversion:
@@ -128,35 +151,36 @@ class InvertedTrigger:
 
     Args:
         target_class: Where it sends images.
-        mask: float32 ``(1, H, W)`` in [0, 1], on the CPU.
-        pattern: float32 ``(C, H, W)`` in [0, 1], on the CPU.
-        l1: Sum of the mask: pixels that it replaces.
+        mask: float32 ``(1, H, W)`` in [0, 1], on the CPU; 1 everywhere for an ``additive`` trigger.
+        pattern: float32 ``(C, H, W)``, on the CPU; in [0, 1], or in [-1, 1] for a change.
+        norm: Of a patch the sum of the mask: pixels that it replaces; of a change its l2 norm.
         success: Share of the clean images of other classes that it sends to ``target_class``; measured
             in eval mode and fp32. NaN if there are none.
         reached: Whether ``success`` is what was asked for; the norm of other masks means nothing.
         steps: Gradient steps taken.
-        history: JSON values, one a round: step, loss, success and l1 within the round, lambda.
+        form: What it does to images.
+        history: JSON values, one a round: step, loss, success and norm within the round, lambda.
     """
 
     target_class: int
     mask: Tensor
     pattern: Tensor
-    l1: float
+    norm: float
     success: float
     reached: bool
     steps: int
+    form: Form = "patch"
     history: tuple[Mapping[str, Any], ...] = ()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return ``images``, float ``(N, C, H, W)`` in [0, 1], with the trigger on them."""
-        mask, pattern = self.mask.to(images.device), self.pattern.to(images.device)
-        return (1 - mask) * images + mask * pattern
+        return _applied(self.form, self.mask.to(images.device), self.pattern.to(images.device), images)
 
     def describe(self) -> dict[str, Any]:
         """Return JSON values without the tensors and the history."""
         return {
             "target_class": self.target_class,
-            "l1_pixels": self.l1,
+            NORMS[self.form]: self.norm,
             "success": None if math.isnan(self.success) else self.success,
             "reached": self.reached,
             "steps": self.steps,
@@ -225,8 +249,8 @@ def invert_all(
 
 
 def norms_of(triggers: Sequence[InvertedTrigger]) -> list[float]:
-    """Return the l1 norm of each trigger, NaN for those that do not work."""
-    return [trigger.l1 if trigger.reached else math.nan for trigger in triggers]
+    """Return the norm of each trigger, NaN for those that do not work."""
+    return [trigger.norm if trigger.reached else math.nan for trigger in triggers]
 
 
 def anomaly_indices(norms: Sequence[float], *, fewest: int = 5) -> list[float]:
@@ -262,13 +286,14 @@ def anomaly_indices(norms: Sequence[float], *, fewest: int = 5) -> list[float]:
 class _Candidate:
     mask: Tensor
     pattern: Tensor
-    l1: float
+    norm: float
 
 
 @dataclass(eq=False)
 class _Search:
     """The state of one class's run."""
 
+    form: Form
     target_class: int
     others: Tensor
     generator: torch.Generator
@@ -276,7 +301,7 @@ class _Search:
     pattern: Tensor
     optimiser: torch.optim.Adam
     coefficient: float
-    nearest: _Candidate
+    nearest: _Candidate | None = None
     nearest_success: float = -1.0
     steps: int = 0
     hits: Tensor | None = None
@@ -297,18 +322,38 @@ class _Search:
     ) -> _Search:
         channels, height, width = clean.images.shape[1:]
         device = clean.images.device
-        logits = [_start((c, height, width), options.init, generator).to(device) for c in (1, channels)]
-        mask, pattern = (tensor.requires_grad_() for tensor in logits)
-        return _Search(
+        if options.form == "patch":
+            starts = [_start((c, height, width), options.init, generator).to(device) for c in (1, channels)]
+            mask, pattern = (tensor.requires_grad_() for tensor in starts)
+            learnt = [mask, pattern]
+        else:
+            mask = torch.ones(1, height, width, device=device)
+            pattern = torch.zeros(channels, height, width, device=device, requires_grad=True)
+            learnt = [pattern]
+        search = _Search(
+            form=options.form,
             target_class=target_class,
             others=(clean.labels != target_class).nonzero().flatten(),
             generator=generator,
             mask=mask,
             pattern=pattern,
-            optimiser=torch.optim.Adam([mask, pattern], lr=options.learning_rate, betas=options.betas),
+            optimiser=torch.optim.Adam(learnt, lr=options.learning_rate, betas=options.betas),
             coefficient=options.lambda0 if options.start == "lambda0" else 0.0,
-            nearest=_candidate(mask, pattern),
         )
+        search.nearest = search.candidate()
+        return search
+
+    def trigger(self) -> tuple[Tensor, Tensor]:
+        """Return mask and pattern as they are applied."""
+        if self.form == "patch":
+            return _opened(self.mask), _opened(self.pattern)
+        return self.mask, self.pattern
+
+    def candidate(self) -> _Candidate:
+        """Return what the search holds now."""
+        with torch.no_grad():
+            mask, pattern = (tensor.clone() for tensor in self.trigger())
+            return _Candidate(mask, pattern, float(_norm(self.form, mask, pattern)))
 
     def draw(self, count: int) -> Tensor:
         """Draw indices of images of other classes."""
@@ -320,17 +365,23 @@ class _Search:
         assert self.hits is not None
         assert self.losses is not None
         success, loss = float(self.hits) / self.seen, float(self.losses) / self.seen
-        now = _candidate(self.mask, self.pattern)
+        now = self.candidate()
         self.hits, self.losses, self.seen = None, None, 0
-        if not (math.isfinite(loss) and math.isfinite(now.l1)):
+        if not (math.isfinite(loss) and math.isfinite(now.norm)):
             return False
         self.history.append(
-            {"step": self.steps, "loss": loss, "success": success, "l1": now.l1, "lambda": self.coefficient}
+            {
+                "step": self.steps,
+                "loss": loss,
+                "success": success,
+                "norm": now.norm,
+                "lambda": self.coefficient,
+            }
         )
         if success > self.nearest_success:
             self.nearest, self.nearest_success = now, success
-        best = self.found[-1].l1 if self.found else math.inf
-        if success >= options.success and now.l1 < best:
+        best = self.found[-1].norm if self.found else math.inf
+        if success >= options.success and now.norm < best:
             self.found.append(now)
         self._schedule(options, good=success >= options.success)
         return self.steps < options.steps and not self._settled(options)
@@ -340,17 +391,19 @@ class _Search:
         if self.good == options.patience:
             self.good = 0
             if self.coefficient == 0:
-                self.coefficient = options.lambda0
+                # What happened while nothing was penalised says nothing about the weight of the penalty.
+                self.coefficient, self.went_up, self.went_down = options.lambda0, False, False
             else:
                 self.coefficient, self.went_up = self.coefficient * options.multiplier, True
         elif self.bad == options.patience:
             self.bad = 0
-            self.coefficient, self.went_down = self.coefficient / options.multiplier**1.5, True
+            if self.coefficient > 0:
+                self.coefficient, self.went_down = self.coefficient / options.multiplier**1.5, True
 
     def _settled(self, options: Inversion) -> bool:
         if not self.found:
             return False
-        best = self.found[-1].l1
+        best = self.found[-1].norm
         if best < options.early_stop_factor * self.reference:
             self.reference, self.stalled = best, 0
         else:
@@ -369,26 +422,31 @@ def _opened(logits: Tensor) -> Tensor:
     return torch.tanh(logits) / (2 + _OPEN) + 0.5
 
 
-def _candidate(mask: Tensor, pattern: Tensor) -> _Candidate:
-    opened = _opened(mask.detach())
-    return _Candidate(opened, _opened(pattern.detach()), float(opened.sum()))
+def _applied(form: Form, mask: Tensor, pattern: Tensor, images: Tensor) -> Tensor:
+    if form == "patch":
+        return (1 - mask) * images + mask * pattern
+    return (images + pattern).clamp(0, 1)
+
+
+def _norm(form: Form, mask: Tensor, pattern: Tensor) -> Tensor:
+    return mask.sum() if form == "patch" else torch.linalg.vector_norm(pattern)
 
 
 def _step(model: nn.Module, images: Tensor, searches: Sequence[_Search], options: Inversion) -> None:
     """Take one gradient step of each search, in one forward and backward pass."""
-    masks = [_opened(search.mask) for search in searches]
-    stamped = []
-    for search, mask in zip(searches, masks, strict=True):
-        batch = as_float(images[search.draw(options.batch_size)])
-        stamped.append((1 - mask) * batch + mask * _opened(search.pattern))
+    triggers = [search.trigger() for search in searches]
+    stamped = [
+        _applied(options.form, *trigger, as_float(images[search.draw(options.batch_size)]))
+        for search, trigger in zip(searches, triggers, strict=True)
+    ]
     with torch.enable_grad(), autocast(options.precision, images.device):
         logits = model(torch.cat(stamped).contiguous(memory_format=memory_format_for(model)))
     objectives = []
     parts = logits.float().split([len(part) for part in stamped])
-    for search, mask, part in zip(searches, masks, parts, strict=True):
+    for search, trigger, part in zip(searches, triggers, parts, strict=True):
         target = torch.full((len(part),), search.target_class, device=part.device)
         loss = F.cross_entropy(part, target)
-        objectives.append(loss + search.coefficient * mask.sum())
+        objectives.append(loss + search.coefficient * _norm(options.form, *trigger))
         hits, summed = (part.argmax(1) == target).sum(), loss.detach() * len(part)
         search.hits = hits if search.hits is None else search.hits + hits
         search.losses = summed if search.losses is None else search.losses + summed
@@ -411,6 +469,7 @@ def _measured(
     """
     backwards = [*reversed(search.found)]
     reach = range(len(backwards).bit_length())
+    assert search.nearest is not None
     candidates = [*(backwards[2**k - 1] for k in reach), search.nearest]
     for best in candidates:
         rate = _success(model, clean, search, best, asked=options.success)
@@ -424,10 +483,11 @@ def _measured(
         target_class=search.target_class,
         mask=best.mask.cpu(),
         pattern=best.pattern.cpu(),
-        l1=best.l1,
+        norm=best.norm,
         success=rate,
         reached=rate >= options.success,
         steps=search.steps,
+        form=options.form,
         history=tuple(search.history),
     )
 
@@ -441,7 +501,7 @@ def _success(
     count, missed = len(search.others), 0
     for part in search.others.split(_MEASURED_TOGETHER):
         images = as_float(clean.images[part])
-        stamped = (1 - candidate.mask) * images + candidate.mask * candidate.pattern
+        stamped = _applied(search.form, candidate.mask, candidate.pattern, images)
         missed += int((logits_of(model, stamped).argmax(1) != search.target_class).sum())
         if (count - missed) / count < asked:
             break

@@ -67,14 +67,73 @@ def test_a_backdoor_of_one_pixel_is_found() -> None:
     assert [trigger.target_class for trigger in triggers] == list(range(CLASSES))
     guilty = triggers[2]
     assert guilty.reached
-    assert guilty.l1 < 1.2
-    assert float(guilty.mask[0, 5, 5]) > 0.5 * guilty.l1
+    assert guilty.norm < 1.2
+    assert float(guilty.mask[0, 5, 5]) > 0.5 * guilty.norm
     assert float(guilty.pattern[:, 5, 5].mean()) > 0.5
-    norms = [trigger.l1 for trigger in triggers]
+    norms = [trigger.norm for trigger in triggers]
     assert all(trigger.reached for trigger in triggers)
     indices = anomaly_indices(norms)
     assert max(range(CLASSES), key=indices.__getitem__) == 2
-    assert invert_blocks(backdoor=False)[2].l1 > 2 * guilty.l1
+    assert invert_blocks(backdoor=False)[2].norm > 2 * guilty.norm
+
+
+WEAVE = (-1.0) ** torch.arange(36).view(6, 6)
+
+
+class Woven(Blocks):
+    """A faint weave over the whole image gives class 2 away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        woven = (x.mean(1) * WEAVE).sum((1, 2)) - 2
+        return super().forward(x) + 10 * woven.view(-1, 1) * F.one_hot(torch.tensor(2), CLASSES)
+
+
+def test_a_faint_trigger_on_all_pixels_is_found_as_a_change() -> None:
+    data, options = blocks(), replace(Inversion.additive(), precision="fp32", learning_rate=0.01)
+    triggers = invert_all(Woven(backdoor=False), data, options, generator=rng.generator(0))
+    norms = [trigger.norm for trigger in triggers]
+    assert all(trigger.reached for trigger in triggers)
+    assert min(range(CLASSES), key=norms.__getitem__) == 2
+    guilty = triggers[2]
+    assert guilty.form == "additive"
+    assert guilty.norm == pytest.approx(float(guilty.pattern.norm()))
+    assert guilty.describe()["l2"] == guilty.norm
+    # It follows the weave, whose sign changes from pixel to pixel.
+    cosine = F.cosine_similarity(guilty.pattern.mean(0).flatten(), WEAVE.flatten(), dim=0)
+    assert float(cosine) > 0.6
+    stamped = guilty(data.images)
+    torch.testing.assert_close(stamped, (data.images + guilty.pattern).clamp(0, 1))
+    others = data.labels != 2
+    rate = float((Woven(backdoor=False)(stamped[others]).argmax(1) == 2).float().mean())
+    assert guilty.success == pytest.approx(rate)
+
+
+def test_early_stopping_forgets_what_happened_before_lambda_was_set() -> None:
+    # Five bad rounds at lambda 0, then only good ones: lambda never went down, so nothing is settled.
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.zeros(CLASSES))
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            bonus = 9.0 if self.calls > 6 else -9.0
+            return (
+                self.logits + bonus * F.one_hot(torch.tensor(0), CLASSES) + 0 * x.sum((1, 2, 3)).view(-1, 1)
+            )
+
+    options = replace(
+        QUICK,
+        steps=60,
+        round_steps=1,
+        start="zero",
+        patience=3,
+        early_stop_patience=2,
+        early_stop_factor=1e-9,
+    )
+    trigger = invert(Late(), blocks(), options, 0, generator=rng.generator(0))
+    assert trigger.steps == 60
 
 
 def test_a_trigger_is_what_its_fields_say() -> None:
@@ -85,7 +144,7 @@ def test_a_trigger_is_what_its_fields_say() -> None:
     for tensor in (trigger.mask, trigger.pattern):
         assert float(tensor.min()) >= 0
         assert float(tensor.max()) <= 1
-    assert trigger.l1 == pytest.approx(float(trigger.mask.sum()))
+    assert trigger.norm == pytest.approx(float(trigger.mask.sum()))
     stamped = trigger(data.images)
     torch.testing.assert_close(stamped, data.images + trigger.mask * (trigger.pattern - data.images))
     others = data.labels != 2
@@ -161,7 +220,7 @@ def test_a_planted_patch_needs_few_pixels() -> None:
     clean = planted.clean_data(48, rng.generator(0))
     trigger = invert(planted.model, clean, replace(QUICK, batch_size=16), 3, generator=rng.generator(0))
     assert trigger.reached
-    assert trigger.l1 < 9
+    assert trigger.norm < 9
 
 
 def test_model_and_global_randomness_are_left_alone() -> None:

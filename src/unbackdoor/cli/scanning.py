@@ -93,7 +93,7 @@ def _trigger(recovered: RecoveredTrigger, clean: LabelledImages) -> doc.Recovere
     return doc.RecoveredTrigger(
         target_class=trigger.target_class,
         target_name=clean.name_of(trigger.target_class),
-        l1_pixels=trigger.l1,
+        l1_pixels=trigger.norm,
         image_fraction=recovered.image_fraction,
         success=rate(recovered.held_out),
         success_seen=trigger.success,

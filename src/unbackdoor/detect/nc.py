@@ -117,7 +117,7 @@ class TriggerSize:
                 f"{self.fewest_classes}; if classes are missing, raise inversion.steps"
             )
             return Detection(math.nan, threshold, source, undetermined=reason, evidence=evidence)
-        suspect = min(triggers, key=lambda trigger: trigger.l1 if trigger.reached else math.inf)
+        suspect = min(triggers, key=lambda trigger: trigger.norm if trigger.reached else math.inf)
         score = smallness(valid, self.statistic)
         return Detection(
             score=score,
@@ -125,7 +125,7 @@ class TriggerSize:
             threshold_source=source,
             p_value=None if self.calibration is None else self.calibration.p_value(score),
             target_class=suspect.target_class,
-            evidence={**evidence, "l1_pixels": suspect.l1, "success": suspect.success},
+            evidence={**evidence, "l1_pixels": suspect.norm, "success": suspect.success},
         )
 
 

@@ -159,7 +159,7 @@ class UnlearntTrigger:
         stamped = trigger(as_float(others.images))
         success = float((predictions_of(model, stamped) == target).float().mean())
         height, width = clean.images.shape[2:]
-        score = success * (1 - trigger.l1 / (height * width))
+        score = success * (1 - trigger.norm / (height * width))
         return Detection(
             score=score,
             threshold=threshold,
@@ -169,7 +169,7 @@ class UnlearntTrigger:
             evidence={
                 "success_on_the_model": success,
                 "success_on_the_unlearnt_model": trigger.success,
-                "l1_pixels": trigger.l1,
+                "l1_pixels": trigger.norm,
                 "class_share": unlearnt.class_share.tolist(),
             },
         )

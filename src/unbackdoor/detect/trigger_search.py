@@ -47,7 +47,7 @@ class RecoveredTrigger:
     @property
     def image_fraction(self) -> float:
         """The l1 norm of the mask as a share of the image, in [0, 1]."""
-        return self.trigger.l1 / self.trigger.mask.numel()
+        return self.trigger.norm / self.trigger.mask.numel()
 
     def describe(self) -> dict[str, Any]:
         """Return JSON values without the tensors."""
@@ -194,7 +194,7 @@ class TriggerSearch:
         reference = statistics.median(needed) if relative else pixels
         suspect = found.refined[0]
         evidence = {
-            "l1_pixels": [trigger.l1 if trigger.reached else None for trigger in found.first],
+            "l1_pixels": [trigger.norm if trigger.reached else None for trigger in found.first],
             "reference_pixels": reference,
             "reference": "median over the classes" if relative else "the whole image",
             "refined": [each.describe() for each in found.refined],
@@ -211,7 +211,7 @@ class TriggerSearch:
             )
         if problem:
             return Detection(math.nan, threshold, source, undetermined=problem, evidence=evidence)
-        score = math.log(reference / max(suspect.trigger.l1, _SMALLEST_NORM))
+        score = math.log(reference / max(suspect.trigger.norm, _SMALLEST_NORM))
         return Detection(
             score=score,
             threshold=threshold,
@@ -235,7 +235,7 @@ def smallest_classes(triggers: Sequence[InvertedTrigger], count: int) -> list[in
 
     def place(trigger: InvertedTrigger) -> tuple[bool, float]:
         success = 0.0 if math.isnan(trigger.success) else trigger.success
-        return not trigger.reached, trigger.l1 if trigger.reached else -success
+        return not trigger.reached, trigger.norm if trigger.reached else -success
 
     return [trigger.target_class for trigger in sorted(triggers, key=place)[:count]]
 
@@ -249,7 +249,7 @@ def success_on(model: nn.Module, trigger: InvertedTrigger, images: LabelledImage
 
 
 def _needed(trigger: InvertedTrigger) -> float:
-    return trigger.l1 if trigger.reached else math.inf
+    return trigger.norm if trigger.reached else math.inf
 
 
 def _staged(progress: Progress, which: str) -> Progress:

@@ -255,7 +255,7 @@ def flagged_classes(
     flagged = [
         trigger.target_class
         for trigger, index in zip(triggers, indices, strict=True)
-        if index > threshold and trigger.l1 <= limit
+        if index > threshold and trigger.norm <= limit
     ]
     return indices, flagged
 
@@ -263,7 +263,7 @@ def flagged_classes(
 def smallest_reached(triggers: Sequence[InvertedTrigger]) -> list[int]:
     """Return the class with the smallest mask that works, or nothing."""
     reached = [trigger for trigger in triggers if trigger.reached]
-    return [min(reached, key=lambda trigger: trigger.l1).target_class] if reached else []
+    return [min(reached, key=lambda trigger: trigger.norm).target_class] if reached else []
 
 
 def stamped_step(triggers: Sequence[InvertedTrigger], fraction: float) -> LossStep:
