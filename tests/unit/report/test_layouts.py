@@ -192,6 +192,15 @@ def test_filters_are_counted_by_kind_in_shallow_and_deep_layers(tmp_path: Path) 
     assert [figure.name for figure in figures_of(run)] == ["fig1"]
 
 
+def test_filters_without_which_a_loss_is_not_finite_are_left_out(tmp_path: Path) -> None:
+    record = ablated("badnets")
+    record["filters"]["a"]["blc"] = [-1.0, None, 2.0, -2.0]
+    run = run_of(tmp_path, "fig1", [("filters", record)])
+    shallow, _ = clouds(run.answers)
+    assert (shallow.clc, shallow.blc, shallow.norm) == ((0.1, 0.2, -0.2), (-1.0, 2.0, -2.0), (1.0, 3.0, 4.0))
+    assert rows(tables_of(run)[0])["BadNets", "shallow"][0] == "3"
+
+
 def test_rank_correlation_agrees_with_scipy() -> None:
     stats = pytest.importorskip("scipy.stats", reason="the extra detect is not installed")
     a, b = [3.0, 1.0, 2.0, 2.0, 5.0, 2.0], [0.1, 0.4, 0.4, 0.2, 0.9, 0.3]
