@@ -62,7 +62,7 @@ def recorded(
     log, started = Log(progress), time.perf_counter()
     where = torch.device("cpu") if device is None else device
     try:
-        result = {"status": "ok"} | finite(measure(log))
+        result: Record = {"status": "ok", **finite(measure(log))}
     except UnbackdoorError as error:
         result = {"status": "refused", "problem": str(error)}
     except Exception as error:  # noqa: BLE001 - one question must not end a grid; the record says what broke
