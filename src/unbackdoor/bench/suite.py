@@ -13,9 +13,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.defend import cell_of
@@ -48,6 +48,7 @@ class Grid(_Strict):
         methods: Names or patterns.
         paper: Start from the settings of each method's paper.
         options: Variants; each is what ``--set`` takes.
+        names: What each of these is called in tables; one that is empty or not there shows the options.
         scale: By method, options that are halved and doubled, one at a time, beside the defaults.
         clean_images: Clean images that a method gets.
         seeds: Instead of those of the size.
@@ -63,6 +64,7 @@ class Grid(_Strict):
     methods: tuple[str, ...]
     paper: bool = False
     options: tuple[dict[str, str], ...] = ({},)
+    names: tuple[str, ...] = ()
     scale: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     clean_images: tuple[int, ...] = (500,)
     seeds: tuple[int, ...] = ()
@@ -70,6 +72,19 @@ class Grid(_Strict):
     oracle: bool = False
     samples: int = 0
     sizes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        given = [name for name in self.names if name]
+        if self.names and len(self.names) != len(self.options):
+            raise ValueError(f"{len(self.names)} names for {len(self.options)} options")
+        if len(set(given)) != len(given):
+            raise ValueError("two variants have one name")
+        return self
+
+    def name_of(self, options: Mapping[str, str]) -> str:
+        """Return what a variant is called; empty where it has no name."""
+        return next((n for n, each in zip(self.names, self.options, strict=False) if each == options), "")
 
 
 class Size(_Strict):
@@ -316,10 +331,19 @@ class Plan:
             "missing_models": missing,
             "commands": {name: job.command() for name, job in self.jobs.items()},
             "cells": {
-                key: {"parts": list(parts), "label": cell.label, "cell": cell.describe()}
+                key: {
+                    "parts": list(parts),
+                    "label": cell.label,
+                    **({"name": name} if (name := self._name_of(parts, cell)) else {}),
+                    "cell": cell.describe(),
+                }
                 for key, (parts, cell) in self.cells().items()
             },
         }
+
+    def _name_of(self, parts: Sequence[str], cell: Cell) -> str:
+        names = (grid.name_of(cell.options) for grid in self.grids if grid.part in parts)
+        return next(filter(None, names), "")
 
 
 def _twin_of(job: Job, known: Mapping[str, Job]) -> str | None:

@@ -194,16 +194,26 @@ def test_clean_twins_are_planned_though_no_question_is_about_them(tmp_path: Path
     [
         (("[sizes.small]", "[sizes.small"), "is no TOML file"),
         (("title", "titel"), "is no suite: title: Field required"),
-        (('task = "x"', ""), None),
+        (('part = "one"', 'task = "x"'), "grid.0.task: Input should be 'purify', 'detect' or 'ablate'"),
         (("seeds = [5]", "seeds = 5"), "sizes.large.seeds"),
-        (('methods = ["clp", "ft-sam"]', 'methods = ["nosuch"]'), None),
+        (('part = "one"', 'names = ["a", "b"]'), "2 names for 1 options"),
+        (('part = "one"', 'options = [{}, {}]\nnames = ["a", "a"]'), "two variants have one name"),
     ],
 )
-def test_what_is_no_suite_is_refused(suite: Path, change: tuple[str, str], sentence: str | None) -> None:
+def test_what_is_no_suite_is_refused(suite: Path, change: tuple[str, str], sentence: str) -> None:
+    assert SUITE.count(change[0]) >= 1
     suite.write_text(SUITE.replace(*change))
-    if sentence is not None:
-        with pytest.raises(InvalidInputError, match=sentence):
-            read_suite(str(suite))
+    with pytest.raises(InvalidInputError, match=sentence):
+        read_suite(str(suite))
+
+
+def test_questions_of_one_suite_have_labels_of_their_own() -> None:
+    for name in ("smoke", "table4", "ablations"):
+        cells = Plan.of(read_suite(name), "cpu", PLACES, "data").models_of
+        labels: list[str] = []
+        cells(lambda label, seen=labels: seen.append(label) is None)  # type: ignore[misc]
+        assert labels
+        assert len(set(labels)) == len(labels), name
 
 
 def test_unknown_names_are_refused(suite: Path, tmp_path: Path) -> None:

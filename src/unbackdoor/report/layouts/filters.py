@@ -97,7 +97,7 @@ def filter_table(run: Run) -> Table:
             f"{run.plan['size_text']} Backdoor: removing raises the backdoor loss alone; clean: the clean "
             "loss alone; hybrid: both; redundant: neither (the paper's thresholds at 0). The paper says that "
             "norms follow CLC for clean filters, and that backdoor filters have larger norms.",
-            *share_done(run),
+            *share_done(run, run.answers),
         ),
         command=run.command,
     )
