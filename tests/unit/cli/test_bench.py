@@ -120,6 +120,17 @@ def test_models_that_are_missing_leave_questions_open(run: Run, suite: Path, tmp
     assert plan["missing_models"] == ["clean"]
 
 
+def test_an_infected_model_is_measured_beside_the_clean_twin_that_the_suite_trains_first(
+    run: Run, suite: Path, tmp_path: Path
+) -> None:
+    suite.write_text(SUITE.replace('models = ["clean"]', 'models = ["badnets"]'))
+    result = run("bench", suite, "--out", tmp_path / "runs" / "mine", "--only", "badnets clp*")
+    assert result.code == 0, result.err
+    card = json.loads((tmp_path / "runs" / "models" / "smoke" / "badnets" / "card.json").read_text())
+    assert card["validity"]["clean_twin_accuracy"]["n"] > 0
+    assert "--twin" in card["command"]
+
+
 def test_only_trains_the_models_of_the_questions_it_chooses(run: Run, suite: Path, tmp_path: Path) -> None:
     suite.write_text(SUITE.replace('models = ["clean"]', 'models = ["clean", "badnets"]'))
     some = run("bench", suite, "--out", tmp_path / "run", "--only", "clean clp*")
