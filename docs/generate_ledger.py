@@ -62,8 +62,8 @@ def measured() -> dict[str, Record]:
     """Return a record of each method with its default options, by name."""
     found: dict[str, Record] = {}
     for record in Store(RECORDS).records().values():
-        cell = record.get("cell", {})
-        if record["status"] == "ok" and not cell.get("paper") and not cell.get("options"):
+        cell = record.get("cell")  # a training has none
+        if cell and record["status"] == "ok" and not cell.get("paper") and not cell.get("options"):
             found[cell["method"]] = record
     return found
 

@@ -65,6 +65,14 @@ class Job:
     twin: Path | None = None
     stem: str = "3x3"
 
+    def ready(self) -> Job:
+        """Return the job, without its twin where the twin's folder holds no model.
+
+        For when it starts: the twin may be trained between the planning and that.
+        """
+        there = self.twin is None or (self.twin / "card.json").exists()
+        return self if there else replace(self, twin=None)
+
     def describe(self) -> dict[str, Any]:
         """Return JSON values, without where things are and the device."""
         elsewhere = ("out", "data", "device", "twin")

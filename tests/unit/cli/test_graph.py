@@ -104,5 +104,16 @@ def test_an_attack_can_start_from_its_papers_settings(run: Run, tmp_path: Path) 
     refused = run("graph", "attack", "sba", *quick, "--out", tmp_path / "sba")
     assert refused.code == 2
     assert "the paper behind sba are not known" in " ".join(refused.err.split())
+    # The papers' many steps, cut short again: what else they have stays.
+    short = ("--paper", "--json", "--set", "training.epochs=5")
+    scanned = run("graph", "scan", "tiny", *short)
+    assert scanned.json["settings"]["scan"]["training"]["epochs"] == 5, scanned.err
+    detection = ("--set", "detection.runs=1")
+    purified = run("graph", "purify", "tiny", "--out", tmp_path / "n.safetensors", *short, *detection)
+    assert purified.json["options"]["detection"]["training"]["epochs"] == 1000, purified.err
+    no_paper = run(
+        "graph", "purify", "tiny", "--out", tmp_path / "p.safetensors", "--method", "prune", *short
+    )
+    assert "the paper behind prune are not known" in " ".join(no_paper.err.split())
     refused = run("graph", "attack", "none", "--paper", "--out", tmp_path / "none")
     assert "a clean twin has no options, got --paper" in " ".join(refused.err.split())
