@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from unbackdoor.cli import batch
 from .conftest import ARCH, Files, Result, Run
 
 Scan = Callable[..., Result]
+Found = tuple[batch.FileScan, Mapping[str, Any]]
 
 
 @pytest.fixture
@@ -120,11 +122,11 @@ def test_one_page_is_for_one_file(scan: Scan, files: Files, tmp_path: Path) -> N
 
 
 def test_a_warning_about_some_files_names_them() -> None:
-    def found(name: str, *warnings: str) -> tuple[batch.FileScan, dict[str, object]]:
+    def found(name: str, *warnings: str) -> Found:
         return batch.FileScan(Path(name), "", ""), {"verdict": "clean", "warnings": list(warnings)}
 
-    refused = (batch.FileScan(Path("bad.pt"), "", ""), {"status": "refused", "problem": "p"})
-    old = (batch.FileScan(Path("old.pt"), "", ""), {"verdict": "clean"})
+    refused: Found = (batch.FileScan(Path("bad.pt"), "", ""), {"status": "refused", "problem": "p"})
+    old: Found = (batch.FileScan(Path("old.pt"), "", ""), {"verdict": "clean"})
     both = [found("a.pt", "All.", "Some."), found("b.pt", "All."), refused]
     assert batch.warnings_of(both) == ["All.", "a.pt: Some."]
     assert batch.warnings_of([*both, old]) == ["a.pt, b.pt: All.", "a.pt: Some."]
