@@ -25,6 +25,7 @@ from unbackdoor.bench.artefact import (
 )
 from unbackdoor.bench.validity import check_infected
 from unbackdoor.bench.zoo import Entry, update_card
+from unbackdoor.catalogue import dashed
 from unbackdoor.compute import device_named
 from unbackdoor.data import load_images
 from unbackdoor.data.splits import draw_balanced
@@ -207,8 +208,8 @@ def _twin(job: Job, data: LabelledImages) -> nn.Module | None:
         attack = read_card(job.twin).get("attack")
         if attack is not None:
             raise InvalidInputError(
-                f"{job.twin} holds a model infected by {attack}, which is no clean twin; give one trained "
-                "with `unbackdoor attack none`."
+                f"{job.twin} holds a model infected by {dashed(str(attack))}, which is no clean twin; give "
+                "one trained with `unbackdoor attack none`."
             )
     path = job.twin / "model.safetensors" if job.twin.is_dir() else job.twin
     network = _network(job, data)

@@ -50,7 +50,7 @@ def list_suites() -> None:
     for name in suite_names():
         suite = read_suite(name)
         table.add_row(name, ", ".join(suite.sizes), suite.title)
-    console.print_table(table)
+    console.print_table(table, whole=True)
 
 
 def show_plan(plan: Plan) -> None:

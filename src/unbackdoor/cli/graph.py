@@ -42,7 +42,7 @@ def attack(
     with console.progress_bar(hidden=as_json) as progress:
         card = graphwork.attack(name, data, out, settings or [], paper=paper, seed=seed, progress=progress)
     if as_json:
-        console.print_json(json.dumps(card))
+        console.print_text(json.dumps(card))
     else:
         show.card(card, out)
 

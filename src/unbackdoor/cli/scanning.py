@@ -12,7 +12,7 @@ from unbackdoor import rng
 from unbackdoor.cli.work import plain, png, rate, sentence
 from unbackdoor.detect.evidence import Evidence, finding
 from unbackdoor.detect.exposure import Exposure
-from unbackdoor.detect.scan import Scan
+from unbackdoor.detect.scan import Scan, ScanResult
 from unbackdoor.detect.trigger_search import RecoveredTrigger
 from unbackdoor.detect.verdict import limits_of
 from unbackdoor.errors import MissingDependencyError
@@ -25,6 +25,15 @@ ADVICE = {
     "clean": "No evidence was found; read below what this scan cannot see before you rely on it.",
     "inconclusive": "Do not rely on this model yet: mend what is named above and scan again.",
 }
+
+FLAGS = ("fast", "calibration", "others")
+"""Options of a scan that the commands have flags of their own for."""
+
+UNCOMPARED = (
+    "Do not rely on this model yet. Score clean models of this kind with `unbackdoor calibrate` and scan "
+    "again with `--calibration`."
+)
+"""The advice where nothing is missing but clean models to compare with."""
 
 
 def scan_document(
@@ -41,6 +50,7 @@ def scan_document(
     """Scan ``model`` and describe the result."""
     result = scan.run(model, clean, generator=rng.generator(seed), progress=progress)
     target = result.target_class
+    enough = len(clean) >= scan.smallest_per_class * info.num_classes
     return doc.ScanDocument(
         tool_version=unbackdoor.__version__,
         seconds=result.seconds,
@@ -49,7 +59,7 @@ def scan_document(
         clean_accuracy=rate(result.plausibility.accuracy),
         verdict=result.verdict,
         reason=sentence(result.reason),
-        advice=ADVICE[result.verdict],
+        advice=advice_on(result, enough_images=enough),
         target_class=target,
         target_name=None if target is None else clean.name_of(target),
         confidence=None if result.confidence is None else doc.Confidence(**asdict(result.confidence)),
@@ -62,6 +72,19 @@ def scan_document(
         settings={"scan": plain(asdict(scan)), "seed": seed},
         limits=limits_of(images=len(clean), fast=scan.fast),
     )
+
+
+def advice_on(result: ScanResult, *, enough_images: bool) -> str:
+    """Say what to do next.
+
+    Args:
+        result: Of a scan.
+        enough_images: Whether there were enough for a verdict.
+    """
+    deciding = [each.detection for each in result.evidence if each.decides]
+    told = enough_images and not any(each.undetermined for each in deciding)
+    uncompared = told and any(each.p_value is None for each in deciding)
+    return UNCOMPARED if result.verdict == "inconclusive" and uncompared else ADVICE[result.verdict]
 
 
 def _detector_row(evidence: Evidence, clean: LabelledImages) -> doc.DetectorRow:

@@ -156,8 +156,10 @@ def read_run(folder: Path) -> Run:
             for key, value in plan["cells"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # The message of an OSError repeats the path, after a number.
+        problem = error.strerror if isinstance(error, OSError) else error
         raise InvalidInputError(
-            f"{path} cannot be read as the plan of a run ({error}); give the folder that "
+            f"{path} cannot be read as the plan of a run ({problem}); give the folder that "
             "`unbackdoor bench --out` wrote."
         ) from error
     records = Store(folder / RECORDS).records()

@@ -182,7 +182,7 @@ def test_two_runners_write_their_plans_at_once(
 def test_tables_of_nothing_are_refused(run: Run, tmp_path: Path) -> None:
     refused = run("tables", tmp_path)
     assert refused.code == 2
-    assert "cannot be read as the plan of a run" in refused.err
+    assert "cannot be read as the plan of a run (No such file or directory)" in refused.err
 
 
 def test_the_display_tells_done_failed_running_and_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

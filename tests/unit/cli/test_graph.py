@@ -69,6 +69,7 @@ def test_a_clean_twin_is_scanned_clean_and_said_so_in_words(run: Run, tmp_path: 
     assert result.code == 0
     assert "no evidence of a backdoor" in result.out
     assert "nodes" in result.out
+    assert result.out.splitlines()[-1].startswith("- The verdict tests whether labels")
     new = tmp_path / "network.safetensors"
     result = run("graph", "purify", tmp_path / "clean" / "graph.safetensors", "--out", new, *QUICK)
     assert "no poisoned nodes found" in result.out
@@ -85,7 +86,11 @@ def test_mistakes_are_said_in_a_line(run: Run, tmp_path: Path) -> None:
         (("attack", "sba", "--out", out, "--data", "nowhere"), "there is no graph"),
         (("scan", tmp_path / "absent"), "there is no graph"),
         (("purify", "tiny", "--out", tmp_path / "no" / "x", *QUICK), "cannot write"),
-        (("purify", "tiny", "--out", tmp_path / "x", "--method", "rigdb"), "did you mean 'rigbd'"),
+        (("purify", "tiny", "--out", tmp_path / "x.safetensors", "--method", "rigdb"), "did you mean"),
+        (
+            ("purify", "tiny", "--out", tmp_path / "p.pt"),
+            f"--out must end in .safetensors, got {tmp_path}/p.pt.",
+        ),
         (("evaluate", tmp_path / "absent", "--infected", out), "absent"),
     ):
         result = run("graph", *arguments)
