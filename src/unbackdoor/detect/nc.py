@@ -12,7 +12,7 @@ from torch import nn
 
 from unbackdoor.detect.calibration import Calibration, threshold_from
 from unbackdoor.errors import InvalidInputError
-from unbackdoor.inversion import Inversion, InvertedTrigger, anomaly_indices, invert_all, norms_of
+from unbackdoor.inversion import NORMS, Inversion, InvertedTrigger, anomaly_indices, invert_all, norms_of
 from unbackdoor.types import Detection, LabelledImages, Progress, silent
 
 Statistic = Literal["index", "log_index", "ratio"]
@@ -125,7 +125,7 @@ class TriggerSize:
             threshold_source=source,
             p_value=None if self.calibration is None else self.calibration.p_value(score),
             target_class=suspect.target_class,
-            evidence={**evidence, "l1_pixels": suspect.norm, "success": suspect.success},
+            evidence={**evidence, NORMS[suspect.form]: suspect.norm, "success": suspect.success},
         )
 
 
