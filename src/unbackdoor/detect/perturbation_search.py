@@ -1,4 +1,4 @@
-"""The smallest change of all pixels that leads to each class: one class far below the others is suspicious."""
+"""The smallest change of all pixels that leads to each class: one far below the others is suspicious."""
 
 from __future__ import annotations
 

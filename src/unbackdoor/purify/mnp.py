@@ -59,9 +59,10 @@ class MNP:
         exposures: Ways in which filters are exposed: ``inversion``, ``perturbation``, ``suppression``.
         inversion: How patches are inverted, for every class.
         perturbation: How changes of the whole image are inverted, for every class.
-        anomaly_threshold: Classes whose trigger's norm has a larger anomaly index are suspicious.
-        outlier_share: They are only if that norm is at most this share of the median as well, in (0, 1]:
-            with ten classes an index above 2 is common on clean models.
+        outlier_share: Classes whose trigger's norm is at most this share of the median are suspicious, in
+            (0, 1].
+        anomaly_threshold: They are only if that norm's anomaly index is larger than this as well; the usual 2
+            misses small patches where the norms of the other classes vary much.
         fewest_classes: With fewer valid norms no class is: their median says nothing.
         settled: If this share of the loss on stamped images is gone after removals and relearning, a backdoor
             was found and is gone: suppression is then left out, since it would cost clean accuracy for
@@ -106,8 +107,8 @@ class MNP:
     exposures: tuple[Way, ...] = ("inversion", "perturbation", "suppression")
     inversion: Inversion = field(default_factory=lambda: Inversion(steps=120, batch_size=16, success=0.95))
     perturbation: Inversion = field(default_factory=Inversion.additive)
-    anomaly_threshold: float = 2.0
-    outlier_share: float = 0.5
+    outlier_share: float = 0.35
+    anomaly_threshold: float = 0.0
     fewest_classes: int = 5
     settled: float = 0.7
     relearns: Literal["never", "triggers", "always"] = "triggers"

@@ -29,7 +29,7 @@ class Relearning:
 
     Args:
         recipe: Schedule; its epochs are passes over the clean images.
-        stamped_fraction: Share of each batch that carries a trigger, in (0, 1).
+        stamped_fraction: Share of each batch that carries a trigger, in (0, 1].
     """
 
     recipe: Recipe = field(
@@ -40,8 +40,8 @@ class Relearning:
     stamped_fraction: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.stamped_fraction < 1:
-            raise InvalidInputError(f"stamped_fraction must lie in (0, 1), got {self.stamped_fraction}.")
+        if not 0 < self.stamped_fraction <= 1:
+            raise InvalidInputError(f"stamped_fraction must lie in (0, 1], got {self.stamped_fraction}.")
         if self.recipe.crop_padding or self.recipe.flip:
             raise InvalidInputError(
                 "relearning takes the suspect's answers to the images as they are; set recipe.crop_padding "

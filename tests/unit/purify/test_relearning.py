@@ -94,7 +94,7 @@ def test_removed_filters_stay_removed() -> None:
     ("options", "sentence"),
     [
         ({"stamped_fraction": 0.0}, "stamped_fraction must lie"),
-        ({"stamped_fraction": 1.0}, "stamped_fraction must lie"),
+        ({"stamped_fraction": 1.1}, "stamped_fraction must lie"),
         ({"recipe": Recipe(crop_padding=4, flip=False)}, "as they are"),
         ({"recipe": Recipe(crop_padding=0, flip=True)}, "as they are"),
     ],
