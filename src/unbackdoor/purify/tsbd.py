@@ -148,7 +148,7 @@ class TSBD:
             options = replace(options, stop_accuracy=1 / classes)
         unlearnt = suppress(model, learning, options, generator=rng.spawn(generator), progress=progress)
         moves = weight_changes(model, unlearnt.model, filter_map)
-        run = _Run(self, model, moves, learning, held, rng.draw_seed(generator), progress)
+        run = _Run(self, model, filter_map, moves, learning, held, rng.draw_seed(generator), progress)
         tried = _largest_allowed(run, self) if guarded else [run.attempt(self._count(moves))]
         return Purified(
             model=tried[-1].model,
@@ -236,6 +236,7 @@ class _Run:
 
     method: TSBD
     model: nn.Module
+    filter_map: FilterMap
     changes: Mapping[str, Tensor]
     learning: LabelledImages
     held: LabelledImages
@@ -247,7 +248,7 @@ class _Run:
         cleared = copy.deepcopy(self.model)
         with torch.no_grad():
             for name, chosen in gone.items():
-                cleared.get_parameter(f"{name}.weight")[chosen] = 0.0
+                cleared.get_parameter(self.filter_map.group(name).weight)[chosen] = 0.0
         tuned, record = fine_tuned(
             cleared,
             self.learning,
