@@ -161,7 +161,7 @@ READERS: list[tuple[Purifier, tuple[str, ...], tuple[str, ...]]] = [
 
 @pytest.mark.parametrize("expose", [False, True])
 @pytest.mark.parametrize(
-    ("method", "learners", "guards"), READERS, ids=lambda each: getattr(each, "name", "")
+    ("method", "learners", "guards"), READERS, ids=[method.name for method, *_ in READERS]
 )
 def test_learners_and_guard_each_get_their_part_of_the_images(
     method: Any,  # noqa: ANN401
