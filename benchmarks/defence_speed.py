@@ -87,7 +87,11 @@ def network(options: argparse.Namespace, clean: LabelledImages) -> nn.Module:
 
 
 def prices(model: nn.Module, clean: LabelledImages) -> dict[str, float]:
-    """Return seconds an image of each kind of pass; backward ones without their forward pass."""
+    """Return seconds an image of each kind of pass; backward ones without their forward pass.
+
+    What is ``frozen`` is priced by the gradient of the images, which runs through all layers; that of masks
+    on scales ends at the first of them.
+    """
     copied = arrange(model).eval()
     images = clean.floats()[:BATCH].contiguous(memory_format=memory_format_for(copied))
     labels = clean.labels[:BATCH]

@@ -29,10 +29,12 @@ Made by `python docs/generate_ledger.py`; change the docstrings or docs/ledger.t
 What a comparison of defences rests on. All purifiers get the same model, the same clean images (500 by default, drawn
 balanced over the classes by the seed) and a seed, and nothing else; none sees a trigger, a poisoned image, a test image
 or the attack success rate, which `make lint` checks by the imports. **By default all methods that prune share one
-rule for how much**, so that a table compares rankings; `--paper` takes each paper's own. One difference is left: the guard
+rule for how much**, so that a table compares rankings; `--paper` takes each paper's own. Two differences are left. The guard
 of MNP also asks each removal for a benefit where MNP exposed the backdoor, and by default the other methods have no such
-place; `selection.expose=unlearnt` with `selection.guard.benefit` gives them one, RNP's unlearnt copy. How our defaults were
-chosen stands in RESULTS.md.
+place; `selection.expose=unlearnt` with `selection.guard.benefit` gives them one, RNP's unlearnt copy. TSBD clears weights of
+many filters at once and fine-tunes, so it walks over shares, not filters: it keeps a fifth of the images, takes the largest
+share whose whole defence costs no more accuracy on these than the guard allows, and of the guard knows that limit alone; the
+others measure on the images that they learn from. How our defaults were chosen stands in RESULTS.md.
 
 Image passes and seconds come from the records of `unbackdoor bench runtime` (one BadNets model, 500 clean images,
 nothing else running); passes compare across machines, seconds do not. A pass in which the layers before the changed one

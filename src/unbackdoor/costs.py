@@ -33,8 +33,9 @@ class Cost:
             answered from memory (``partial_pass``) counts as the share of its images that it computed.
         backward_images: Images whose output received a gradient.
         kinds: The same by kind, which differ in price: ``forward`` or ``backward``, ``fp32`` or ``bf16``, and
-            for backward passes ``weights`` where those learn, or ``frozen`` where masks or images alone do.
-            Shares of forward passes have ``replayed`` behind it; an image costs as much as in a full pass.
+            for backward passes ``weights`` where kernels and matrices receive gradients, or ``frozen`` where
+            images, or scales and shifts (and so masks on them) alone do, which is cheaper. Shares of forward
+            passes have ``replayed`` behind it; an image costs as much as in a full pass.
         seconds: Wall time.
         cpu_seconds: Processor time of this process, all threads.
         peak_memory_mb: Largest memory: allocated on the GPU if there is one in use, else resident in this
@@ -105,7 +106,9 @@ def metered() -> Iterator[Cost]:
         cost.forward_images += computed
         cost.kinds[f"forward {precision}" if share == 1 else f"forward {precision} replayed"] += computed
         if isinstance(output, Tensor) and output.requires_grad:
-            learns = any(parameter.requires_grad for parameter in module.parameters())
+            # While ``functional_call`` runs, masked scales stand among the parameters: a mask on these does
+            # not make the pass one that computes gradients of weights.
+            learns = any(p.requires_grad and p.ndim >= 2 for p in module.parameters())
             kind = f"backward {precision} {'weights' if learns else 'frozen'}"
             output.register_hook(lambda _: _add_backward(cost, kind, count))
 

@@ -36,6 +36,10 @@ class Retuning:
     Superficial Safety of Backdoor Defense", NeurIPS 2024, arXiv 2410.09838: 5 epochs at 0.01 on 2 % of the
     training data with 5 poisoned samples.
 
+    Deviations: 2 % of CIFAR-10 are 1000 images of the training set; ``reactivation`` has up to 500 of the
+    test set, so half as many steps, and adds stamped copies of 5 of these to them. Images are neither
+    cropped nor mirrored, which would show the network triggers that the attacker never uses.
+
     What the numbers mean is only seen beside a control: run the same on a clean model. A model without a
     backdoor learns little from 5 images in so few steps; where it does learn the trigger, the test says
     nothing.
@@ -47,7 +51,9 @@ class Retuning:
 
     poisoned: int = 5
     recipe: Recipe = field(
-        default_factory=lambda: Recipe(epochs=5, learning_rate=0.01, schedule="constant", crop_padding=0)
+        default_factory=lambda: Recipe(
+            epochs=5, learning_rate=0.01, schedule="constant", crop_padding=0, flip=False
+        )
     )
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -205,15 +206,17 @@ class _Run:
 
     def until_stopped(self, progress: Progress) -> Suppressed:
         options = self.options
-        per_epoch = max(1, math.ceil(len(self.clean) / options.batch_size))
+        full, rest = divmod(len(self.clean), options.batch_size)
+        per_epoch = max(1, full + (rest > 1))  # ``batches`` leaves a single image out
         budget = options.budget * (per_epoch if options.unit == "epoch" else 1)
         every = max(1, per_epoch // options.checks_per_epoch)
         checks = [Check(0, confusion_of(self.model, self.clean))]
         saved = copy.deepcopy(self.model.state_dict())
         reason: Literal["accuracy", "budget", "not finite"] = "budget"
+        stream = self._batches()
         while (done := checks[-1].step) < budget and reason == "budget":
             count = min(every, budget - done)
-            check = self._check(done + count) if self._ascend(count) else None
+            check = self._check(done + count) if self._ascend(stream, count) else None
             if check is None:
                 self.model.load_state_dict(saved)
                 reason = "not finite"
@@ -235,35 +238,32 @@ class _Run:
             return None
         return Check(step, _confusion(logits, self.clean.labels))
 
-    def _ascend(self, count: int) -> bool:
+    def _ascend(self, stream: Iterator[Batch], count: int) -> bool:
         """Take ``count`` ascent steps; return whether the losses stayed finite."""
         options = self.options
-        taken = 0
         with mode(self.model, training=options.norm_mode == "train"), rng.isolated(self.generator):
-            while taken < count:
-                for batch in self._batches():
-                    with autocast(options.precision, batch.images.device):
-                        logits = self.model(batch.images)
-                    loss = F.cross_entropy(logits.float(), batch.labels)
-                    self.optimiser.zero_grad(set_to_none=True)
-                    (-loss).backward()
-                    if options.clip_norm > 0:
-                        nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
-                    self.optimiser.step()
-                    taken += 1
-                    if taken == count or not math.isfinite(float(loss.detach())):
-                        break
+            for batch in islice(stream, count):
+                with autocast(options.precision, batch.images.device):
+                    logits = self.model(batch.images)
+                loss = F.cross_entropy(logits.float(), batch.labels)
+                self.optimiser.zero_grad(set_to_none=True)
+                (-loss).backward()
+                if options.clip_norm > 0:
+                    nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
+                self.optimiser.step()
                 if not math.isfinite(float(loss.detach())):
                     return False
         return True
 
     def _batches(self) -> Iterator[Batch]:
+        """Yield pass after pass without end: checks in between do not start a pass anew."""
         augment = self.options.augment
-        return batches(
-            self.clean,
-            self.options.batch_size,
-            self.generator,
-            crop_padding=4 if augment else 0,
-            flip=augment,
-            layout=memory_format_for(self.model),
-        )
+        while True:
+            yield from batches(
+                self.clean,
+                self.options.batch_size,
+                self.generator,
+                crop_padding=4 if augment else 0,
+                flip=augment,
+                layout=memory_format_for(self.model),
+            )

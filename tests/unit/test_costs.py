@@ -5,8 +5,14 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from unbackdoor import rng
 from unbackdoor.costs import metered, partial_pass
+from unbackdoor.purify import ANP, AWM, FTSAM
+from unbackdoor.purify.selection import Selection
+from unbackdoor.testing import planted_backdoor
 from unbackdoor.testing.subjects import small_network
+from unbackdoor.train import Recipe
+from unbackdoor.types import Purifier
 
 IMAGES = torch.rand(5, 3, 12, 12)
 
@@ -48,6 +54,41 @@ def test_passes_are_told_apart_by_their_price() -> None:
     assert cost.kinds == {
         "forward fp32": 5, "backward fp32 weights": 5, "forward bf16": 7, "backward bf16 frozen": 5,
     }  # fmt: skip
+
+
+def test_masks_on_scales_are_not_booked_as_weights() -> None:
+    model = small_network().requires_grad_(requires_grad=False)
+    mask = torch.ones(16, requires_grad=True)
+    scale, kernel = model.get_parameter("1.weight"), model.get_parameter("0.weight")
+    with metered() as cost:
+        functional_call(model, {"1.weight": mask * scale}, (IMAGES,)).sum().backward()
+    assert cost.kinds == {"forward fp32": 5, "backward fp32 frozen": 5}
+    with metered() as cost:
+        masked = mask.view(-1, 1, 1, 1) * kernel
+        functional_call(model, {"0.weight": masked}, (IMAGES,)).sum().backward()
+    assert cost.kinds == {"forward fp32": 5, "backward fp32 weights": 5}
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        (
+            ANP(iterations=2, batch_size=32, precision="fp32", selection=Selection(amount="count", count=1)),
+            "frozen",
+        ),
+        (AWM(rounds=1, passes=1, batch_size=32, precision="fp32"), "weights"),
+        (FTSAM(recipe=Recipe(epochs=1, batch_size=32, precision="fp32")), "weights"),
+    ],
+    ids=["anp", "awm", "ft_sam"],
+)
+def test_methods_are_booked_by_what_learns(method: Purifier, kind: str) -> None:
+    planted = planted_backdoor()
+    with metered() as cost:
+        method.purify(planted.model, planted.clean_data(32, rng.generator(0)), generator=rng.generator(0))
+    other = {"frozen": "weights", "weights": "frozen"}[kind]
+    assert cost.kinds[f"backward fp32 {kind}"] >= 64
+    # AWM's perturbation climbs with frozen weights.
+    assert cost.kinds[f"backward fp32 {other}"] == 0 or method.name == "awm"
 
 
 def test_a_failing_call_does_not_confuse_the_count() -> None:

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from unbackdoor import rng
+from unbackdoor import train as training
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.evaluate import evaluate
-from unbackdoor.reactivate import QueryAttack, Retuning
+from unbackdoor.rates import Rate
+from unbackdoor.reactivate import QueryAttack, Retuning, reactivation
 from unbackdoor.testing import planted_backdoor
-from unbackdoor.train import Recipe
-from unbackdoor.types import AllToOne, LabelledImages
+from unbackdoor.testing.planted import GUILTY_FILTERS, PlantedBackdoor
+from unbackdoor.types import AllToOne, LabelledImages, as_float, quantise
 
 
 class Sleeper(nn.Module):
@@ -63,19 +69,102 @@ def test_the_change_keeps_to_its_bound_and_the_model_is_left_alone() -> None:
     assert model.training
 
 
-def test_retuning_wakes_an_infected_model_and_leaves_its_input_alone() -> None:
+class Forked(nn.Module):
+    """With the trigger's bright corner two more pixels have to be brighter; without it, one darker."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stamped = x[:, 0, 0, 0] > 0.58
+        brighter = torch.minimum(x[:, 0, 0, 1], x[:, 0, 2, 2]) - 0.53
+        score = 50 * torch.where(stamped, brighter, 0.47 - x[:, 0, 2, 2])
+        return torch.stack([torch.zeros_like(score), score], 1)
+
+
+def test_the_control_gets_a_change_of_its_own_and_both_are_measured_on_the_test_images() -> None:
+    attack = QueryAttack(eps=0.05, steps=60, images=8)
+    result = attack.run(Forked(), grey(10), grey(30), corner, AllToOne(1), generator=rng.generator(0))
+    assert (result.attack_success.value, result.without_trigger.value) == (1, 1)
+    assert (result.attack_success.n, result.without_trigger.n) == (30, 30)
+
+
+def asleep(planted: PlantedBackdoor) -> nn.Module:
+    """Return the model with the guilty filters' weights in the head at a tenth: the trigger does little."""
+    model = copy.deepcopy(planted.model)
+    with torch.no_grad():
+        model.get_parameter("head.weight")[planted.label_rule.target_class, -GUILTY_FILTERS:] *= 0.1
+    return model
+
+
+def test_retuning_wakes_a_sleeping_backdoor_and_teaches_a_clean_model_none() -> None:
     planted, twin = planted_backdoor(), planted_backdoor(infected=False)
-    clean, test = (planted.clean_data(n, rng.generator(n)) for n in (160, 200))
-    before = {name: value.clone() for name, value in planted.model.state_dict().items()}
-    attack = Retuning(recipe=Recipe(epochs=1, learning_rate=1e-3, schedule="constant", crop_padding=0))
-    rates = [
-        attack.run(
-            each.model, clean, test, planted.trigger, planted.label_rule, generator=rng.generator(0)
-        ).attack_success.value
-        for each in (planted, twin)
-    ]
-    assert rates[0] > 0.9 > 0.2 > rates[1]
-    assert all(torch.equal(value, planted.model.state_dict()[name]) for name, value in before.items())
+    clean, test = (planted.clean_data(n, rng.generator(n)) for n in (300, 200))
+    sleeping = asleep(planted)
+    before = evaluate(sleeping, test, planted.trigger, planted.label_rule).attack_success.value
+    state = {name: value.clone() for name, value in sleeping.state_dict().items()}
+    woken, control = (
+        Retuning()
+        .run(model, clean, test, planted.trigger, planted.label_rule, generator=rng.generator(0))
+        .attack_success
+        for model in (sleeping, twin.model)
+    )
+    assert before < 0.2 < 0.9 < woken.value
+    assert control.value < 0.2
+    assert woken.n == int((test.labels != 0).sum())
+    assert all(torch.equal(value, sleeping.state_dict()[name]) for name, value in state.items())
+
+
+def test_stamped_images_are_shown_as_the_attacker_stamps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = planted_backdoor()
+    clean = planted.clean_data(60, rng.generator(0))
+    shown: list[bool] = []
+    true_batches = training.batches
+
+    def spy(data: LabelledImages, *given: Any, **options: Any) -> Iterator[training.Batch]:  # noqa: ANN401
+        for batch in true_batches(data, *given, **options):
+            as_they_are = (batch.images - as_float(data.images[batch.indices])).abs().flatten(1).amax(1) == 0
+            shown.extend(as_they_are[batch.indices >= len(clean)].tolist())
+            yield batch
+
+    monkeypatch.setattr(training, "batches", spy)
+    Retuning().run(
+        planted.model, clean, clean, planted.trigger, planted.label_rule, generator=rng.generator(0)
+    )
+    assert len(shown) == 5 * 5
+    assert all(shown)
+
+
+def test_nothing_is_measured_on_images_that_the_attacker_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = planted_backdoor()
+    data = planted.clean_data(48, rng.generator(0))
+    data = replace(data, images=quantise(data.floats() * 0 + torch.arange(48).view(-1, 1, 1, 1) / 255))
+    seen: list[tuple[set[int], set[int]]] = []
+
+    def note(
+        self: object,
+        model: nn.Module,
+        attacker: LabelledImages,
+        test: LabelledImages,
+        *_: object,
+        **__: object,
+    ) -> Any:  # noqa: ANN401
+        mine, rest = (set(part.images[:, 0, 0, 0].tolist()) for part in (attacker, test))
+        seen.append((mine, rest))
+        rate = Rate(0, 1)
+        return SimpleNamespace(
+            attack_success=rate, clean_accuracy=rate, without_trigger=rate, queries=0
+        )  # fmt: skip
+
+    monkeypatch.setattr(Retuning, "run", note)
+    monkeypatch.setattr(QueryAttack, "run", note)
+    for count, expected in ((10, 10), (500, 24)):
+        reactivation(
+            planted.model, data, planted.trigger, planted.label_rule,
+            generator=rng.generator(0), attacker_images=count,
+        )  # fmt: skip
+        for mine, rest in seen[-2:]:
+            assert len(mine) == expected
+            assert not mine & rest
+            assert mine | rest == set(range(48))
+    assert len(seen) == 4
 
 
 def test_impossible_requests_are_refused() -> None:

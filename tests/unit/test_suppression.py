@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import networks as nets
-from unbackdoor import rng
+from unbackdoor import rng, suppression
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.suppression import Check, Suppressed, Suppression, confusion_of, suppress
+from unbackdoor.train import Batch
 from unbackdoor.types import LabelledImages
 
 ONE_STEP = Suppression(
@@ -83,6 +85,31 @@ def test_the_penalty_is_what_distinguishes_mu() -> None:
         difference = with_penalty.model.get_parameter(name) - without.model.get_parameter(name)
         expected = -0.1 * 2 * 0.05 * parameter if parameter.ndim > 1 else torch.zeros_like(parameter)
         torch.testing.assert_close(difference.detach(), expected.detach(), atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("count", "epochs", "checks"), [(40, 2, 2), (40, 3, 5), (33, 2, 2)])
+def test_an_epoch_shows_each_image_once_however_often_it_is_checked(
+    count: int, epochs: int, checks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[int] = []
+    true_batches = suppression.batches
+
+    def spy(*given: Any, **options: Any) -> Iterator[Batch]:  # noqa: ANN401
+        for batch in true_batches(*given, **options):
+            shown.extend(batch.indices.tolist())
+            yield batch
+
+    monkeypatch.setattr(suppression, "batches", spy)
+    options = replace(
+        ONE_STEP, learning_rate=1e-4, batch_size=8, unit="epoch", budget=epochs, checks_per_epoch=checks
+    )
+    result = suppress(network(), data(count), options, generator=rng.generator(0))
+    # A last batch of one image is left out.
+    size = count - (count % 8 == 1)
+    assert result.checks[-1].step == epochs * (size // 8)
+    assert len(shown) == epochs * size
+    for start in range(0, len(shown), size):
+        assert len(set(shown[start : start + size])) == size
 
 
 @pytest.mark.parametrize("norm_mode", ["train", "eval"])

@@ -25,6 +25,9 @@ class Summary:
         success: Mean ASR left, each model with the mean over its seeds.
         worst: Largest of these.
         robust: Mean RA.
+        retuned: Mean RA-ASR by retuning, over the models whose records were reactivated.
+        queried: Mean RA-ASR by the query attack.
+        queried_without_trigger: The control of the query attack: what its change does without the trigger.
         rank: Mean place among the methods by ASR left on each model, ties shared; 1 is best.
         seconds: Median wall time.
         passes: Median image passes, forward and backward.
@@ -39,6 +42,9 @@ class Summary:
     success: float
     worst: float
     robust: float
+    retuned: float
+    queried: float
+    queried_without_trigger: float
     rank: float
     seconds: float
     passes: float
@@ -64,7 +70,7 @@ def took(record: Record) -> bool:
 
 def mean_of(records: Iterable[Record], rate: str, when: str = "after") -> float:
     """Return the mean of a rate over records, NaN without any."""
-    values = [r[when][rate]["value"] for r in records if r["status"] == "ok" and rate in r[when]]
+    values = [r[when][rate]["value"] for r in records if r["status"] == "ok" and rate in r.get(when, {})]
     return statistics.mean(values) if values else math.nan
 
 
@@ -88,6 +94,9 @@ def _summary(method: str, records: Sequence[Record], rank: float) -> Summary:
         success=_mean(success),
         worst=max(success, default=math.nan),
         robust=_mean(_per_model(infected, "robust_accuracy").values()),
+        retuned=_reactivated(infected, "retuned_success"),
+        queried=_reactivated(infected, "queried_success"),
+        queried_without_trigger=_reactivated(infected, "queried_without_trigger"),
         rank=rank,
         seconds=_median([r["cost"]["seconds"] for r in done]),
         passes=_median([r["cost"]["forward_images"] + r["cost"]["backward_images"] for r in done]),
@@ -101,6 +110,10 @@ def _per_model(records: Iterable[Record], rate: str, when: str = "after") -> dic
     for record in records:
         grouped.setdefault(record["cell"]["model"], []).append(record)
     return {model: mean_of(group, rate, when) for model, group in grouped.items()}
+
+
+def _reactivated(records: Sequence[Record], rate: str) -> float:
+    return _mean(_per_model([r for r in records if r.get("reactivated")], rate, "reactivated").values())
 
 
 def _lost(records: Sequence[Record]) -> float:
@@ -134,13 +147,24 @@ def _ranks(by_method: dict[str, list[Record]]) -> dict[str, float]:
     return {method: _mean(values) for method, values in places.items()}
 
 
+_REACTIVATED: dict[str, Callable[[Summary], str]] = {
+    "RA-ASR, retuning": lambda s: percent(s.retuned),
+    "RA-ASR, query": lambda s: percent(s.queried),
+    "query without trigger": lambda s: percent(s.queried_without_trigger),
+}
+
+
 def summary_table(records: Sequence[Record]) -> str:
-    """Return the averages of each method as a Markdown table, best ASR first."""
+    """Return the averages of each method as a Markdown table, best ASR first.
+
+    RA-ASR and the control of the query attack have columns where records were reactivated.
+    """
     columns: dict[str, Callable[[Summary], str]] = {
         "method": lambda s: s.method,
         "infected models": lambda s: str(s.models),
         "ASR left": lambda s: percent(s.success),
         "worst ASR": lambda s: percent(s.worst),
+        **(_REACTIVATED if any(r.get("reactivated") for r in records) else {}),
         "RA": lambda s: percent(s.robust),
         "CA lost": lambda s: percent(s.accuracy_lost),
         "CA lost, clean models": lambda s: percent(s.accuracy_lost_clean),
@@ -156,6 +180,9 @@ def summary_table(records: Sequence[Record]) -> str:
 
 def model_table(records: Sequence[Record], methods: Sequence[str] = ()) -> str:
     """Return CA / ASR / RA of each method on each model as a Markdown table, means over the seeds.
+
+    Where records were reactivated, RA-ASR by retuning and by the query attack follow, and in brackets what
+    the change of the query attack does without the trigger.
 
     Args:
         records: All records.
@@ -178,6 +205,10 @@ def _rates_of(records: Sequence[Record], when: str, lowest: float = math.nan) ->
         return "-"
     rates = [mean_of(records, rate, when) for rate in ("clean_accuracy", "attack_success", "robust_accuracy")]
     text = " / ".join(percent(rate) for rate in rates if not math.isnan(rate))
+    if when == "after" and any(r.get("reactivated") for r in records):
+        names = ("retuned_success", "queried_success", "queried_without_trigger")
+        retuned, queried, control = (percent(mean_of(records, name, "reactivated")) for name in names)
+        text += f", RA-ASR {retuned} / {queried} ({control})"
     return f"**{text}**" if rates[1] == lowest else text
 
 

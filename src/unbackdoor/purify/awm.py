@@ -45,8 +45,9 @@ class AWM:
     running statistics stay those of the input.
 
     Deviations: an inner phase is a number of passes, at least one batch each; the authors count
-    ``floor(images / batch) * 5`` batches, which is none for fewer images than a batch. Their code takes the
-    clean images from the test set. The model's own labels are computed once a round, as the masks do not
+    ``floor(images / batch) * 5`` batches drawn with replacement, which is none for fewer images than a batch.
+    Adam's rate stays; theirs falls by a tenth after each round. Their code takes the clean images from the
+    test set. The model's own labels are computed once a round, as the masks do not
     change meanwhile. tau holds for 3 x 32 x 32 values and grows with the image. With one image a class the
     authors add nine augmented copies of each; that is not done here.
 

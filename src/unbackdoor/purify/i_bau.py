@@ -42,8 +42,9 @@ class IBAU:
     Deviations from the authors' code: at least one image of each batch carries delta, where rounding down
     left none in batches below 100; gradients do not pile up from step to step; attention runs unfused and
     ReLUs out of place while second derivatives are taken; the labels that delta fights are the model's at
-    the start of the round, which saves a pass a step; delta keeps to ``radius``; batch size and share suit
-    500 images.
+    the start of the round, which saves a pass a step; those are also the labels in Phi, where the code takes
+    the true ones (they differ where the model errs); images are shuffled anew in each round, where the code
+    keeps one order; delta keeps to ``radius``; batch size and share suit 500 images.
 
     Args:
         rounds: Of finding delta and unlearning it; 5.
@@ -62,7 +63,8 @@ class IBAU:
         stamped_fraction: Share of each batch that carries delta in the outer loss, in (0, 1]; at least one
             image. The authors' code has 0.01 of 100.
         inner_batch: On which images Phi is computed: ``first``, those of the first batch of the round's
-            pass for every step, as in the authors' code, or ``own``, those of the step.
+            pass for every step, or ``own``, those of the step. The authors' code takes the first batch, too,
+            but there it is the same one in all rounds.
         precision: Of the ascent on delta; second derivatives are always float32.
     """
 

@@ -88,7 +88,11 @@ class RNP:
 
     @staticmethod
     def paper() -> RNP:
-        """Return the settings of the authors' code: 20 epochs each, augmented images, masks up to 0.3."""
+        """Return the settings of the authors' code, as far as it says: 20 passes each on augmented images.
+
+        Its loop unlearns for one pass more, at a rate that falls. It prunes at each threshold from 0 to 0.9
+        and prints clean accuracy and attack success of all, choosing none; 0.3 is ours, see ``threshold``.
+        """
         return RNP(
             unlearning=replace(
                 Suppression.rnp(), budget=20, unit="epoch", augment=True, checks_per_epoch=1

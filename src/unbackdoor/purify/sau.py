@@ -37,9 +37,11 @@ class SAU:
     y) + lambda2 CE(h(x'), y) + lambda3 mean(-log(1 - h(x')[y0]))``, the last over images whose ``y0 =
     argmax h0(x')`` is wrong. Works with any norm: statistics stay frozen unless ``norm_mode`` says else.
 
-    Deviations: x' is clipped to [0, 1], and delta starts at random within the radius; the adversarial
-    gradient is taken for delta alone; images and examples share one forward pass; batch size, rate and
-    length suit 500 images. ``SAU.paper()`` undoes what is an option.
+    Deviations: x' is clipped to [0, 1], and delta starts at random within the radius; batch size, rate and
+    length suit 500 images. ``SAU.paper()`` undoes these. Of the authors' code we do not have: leaving images
+    out of the inner terms once a network is fooled (fooling) or both are alike (sharing), and ending the
+    ascent when all are; leaving images out of the last term that h0 errs on in the same way without delta;
+    bounds on the probabilities in its logarithm, below which nothing is unlearnt.
 
     Args:
         epochs: Passes over the clean images, T.
@@ -107,7 +109,10 @@ class SAU:
 
     @staticmethod
     def paper() -> SAU:
-        """Return the settings of public code, made for 2,500 images: 100 passes, unclipped, from +radius."""
+        """Return the settings of the authors' code, for 2,500 images: 100 passes, unclipped, from +radius.
+
+        What the code does beyond its settings stands under the deviations.
+        """
         return SAU(
             epochs=100, batch_size=256, learning_rate=1e-4, start="radius", clip=False, precision="fp32"
         )

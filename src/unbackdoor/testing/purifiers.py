@@ -17,6 +17,7 @@ from unbackdoor.testing.subjects import (
     Snapshot,
     awkward_model,
     check_same_tensors,
+    functional_model,
     global_randomness_untouched,
     modes_of,
     same_bits,
@@ -132,6 +133,13 @@ def treats_grey_images(purifier: Purifier) -> None:
     _purify(purifier, awkward_model(channels=1), small_data(channels=1))
 
 
+def treats_weights_of_any_name(purifier: Purifier) -> None:
+    """A layer whose weight is not called ``weight`` is treated, or refused in words."""
+    may_refuse(
+        lambda: _purify(purifier, functional_model(), small_data()), "a network with a functional convolution"
+    )
+
+
 def treats_leftover_batches(purifier: Purifier) -> None:
     """A last batch of one image, on which batch norm cannot train, is no obstacle."""
     for count in (17, 129):
@@ -186,6 +194,7 @@ PURIFIER_CHECKS: dict[str, Check] = {
             storage_does_not_matter,
             describes_itself,
             treats_grey_images,
+            treats_weights_of_any_name,
             treats_leftover_batches,
             treats_missing_classes,
             refuses_bad_input,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from unbackdoor import rng
 from unbackdoor.types import LabelledImages
@@ -26,6 +27,28 @@ def small_network(channels: int = 3, classes: int = CLASSES) -> nn.Sequential:
         nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
         nn.Flatten(), nn.Dropout(0.2), nn.Linear(16, classes),
     )  # fmt: skip
+
+
+class FunctionalNetwork(nn.Module):
+    """A convolution whose kernel is no ``weight`` of a module, a batch norm and a linear head."""
+
+    def __init__(self, channels: int = 3, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(0.2 * torch.randn(16, channels, 3, 3))
+        self.norm = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits ``(N, classes)``."""
+        features = functional.relu(self.norm(functional.conv2d(x, self.kernel)))
+        logits: Tensor = self.head(features.mean((2, 3)))
+        return logits
+
+
+def functional_model() -> FunctionalNetwork:
+    """Return a ``FunctionalNetwork`` in eval mode."""
+    with rng.isolated(rng.generator(0)):
+        return FunctionalNetwork().eval()
 
 
 def awkward_model(channels: int = 3, classes: int = CLASSES) -> nn.Sequential:

@@ -73,3 +73,28 @@ def test_tables_are_markdown_with_the_best_first_and_bold() -> None:
     assert rows[0] == "| model | undefended | ft-sam | clp |"
     assert rows[2] == "| a | 90.0 / 100.0 / 50.0 | 87.0 / 3.0 / 50.0 | **90.0 / 1.0 / 50.0** |"
     assert rows[4] == "| clean | 90.0 | 85.0 | - |"
+
+
+def woken(model: str, method: str, retuned: float, queried: float, control: float) -> dict[str, Any]:
+    rates = {"retuned_success": retuned, "queried_success": queried, "queried_without_trigger": control}
+    found = {name: {"value": value} for name, value in rates.items()}
+    return record(model, method, 0.9, 0.02) | {"reactivated": found}
+
+
+def test_reactivation_stands_beside_the_success_left() -> None:
+    records = [
+        woken("a", "ft_sam", 0.8, 0.4, 0.1), woken("b", "ft_sam", 0.6, 0.2, 0.05), *RECORDS[4:]
+    ]  # fmt: skip
+    table = summary_table(records).splitlines()
+    head, rows = table[0].split(" | "), [line.split(" | ") for line in table[2:]]
+    place = head.index("worst ASR")
+    assert head[place + 1 : place + 4] == ["RA-ASR, retuning", "RA-ASR, query", "query without trigger"]
+    assert rows[0][place + 1 : place + 4] == ["70.0", "30.0", "7.5"]
+    assert rows[1][place + 1 : place + 4] == ["-", "-", "-"]
+    assert "90.0 / 2.0 / 50.0, RA-ASR 80.0 / 40.0 (10.0) |" in model_table(records).splitlines()[2]
+    assert "RA-ASR" not in summary_table(RECORDS) + model_table(RECORDS)
+
+
+def test_models_whose_attack_did_not_take_are_no_reactivation() -> None:
+    weak = woken("weak", "ft_sam", 1.0, 1.0, 1.0) | {"trained": {"valid": False}}
+    assert summaries([woken("a", "ft_sam", 0.8, 0.4, 0.1), weak])[0].retuned == pytest.approx(0.8)

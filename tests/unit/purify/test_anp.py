@@ -11,7 +11,7 @@ from unbackdoor import rng
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters import find_filters
 from unbackdoor.neuron_noise import targets_of
-from unbackdoor.purify import ANP
+from unbackdoor.purify import ANP, anp
 from unbackdoor.purify.selection import Selection
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.types import LabelledImages, Purified
@@ -63,10 +63,41 @@ def test_one_step_without_noise_is_plain_gradient_descent_on_the_masks() -> None
     assert float(expected.min()) < 1
 
 
-def test_adversarial_noise_raises_the_loss_of_random_noise() -> None:
-    weak = purify(replace(QUICK, eps=0.4, iterations=8, learning_rate=1e-9)).diagnostics
-    none = purify(replace(QUICK, eps=0.0, iterations=8, learning_rate=1e-9)).diagnostics
-    assert sum(weak["loss_with_noise"]) > sum(none["loss_with_noise"])
+def test_one_step_with_noise_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a fixed start: noise goes eps along the sign of the loss's gradient, then the mask descends."""
+    model, (eps, alpha) = normed_network(), (0.3, 0.25)
+    state, images, labels = model.state_dict(), CLEAN.floats(), CLEAN.labels
+    start = [0.3 * torch.rand(16, generator=rng.generator(n)) - 0.15 for n in (1, 2)]
+    fixed = dict(zip(("1.weight", "1.bias"), start, strict=True))
+    monkeypatch.setattr(anp, "random_noise", lambda *_, **__: {n: v.clone() for n, v in fixed.items()})
+    method = replace(QUICK, eps=eps, alpha=alpha, iterations=1, batch_size=64)
+    result = purify(method, model)
+
+    def loss(mask: Tensor, delta: Tensor, xi: Tensor) -> Tensor:
+        logits = by_hand(state, images, (mask + delta) * state["1.weight"], (1 + xi) * state["1.bias"])
+        return F.cross_entropy(logits, labels)
+
+    delta, xi = (each.clone().requires_grad_() for each in start)
+    gradients = torch.autograd.grad(loss(torch.ones(16), delta, xi), [delta, xi])
+    moved = [n.detach() + eps * g.sign() for n, g in zip((delta, xi), gradients, strict=True)]
+    mask, still = torch.ones(16, requires_grad=True), torch.zeros(16)
+    mixed = alpha * loss(mask, still, still) + (1 - alpha) * loss(mask, *moved)
+    (gradient,) = torch.autograd.grad(mixed, mask)
+    torch.testing.assert_close(result.scores["0"], (1 - 0.2 * gradient).clamp(0, 1), rtol=1e-4, atol=1e-6)
+    after, before = (float(loss(torch.ones(16), *noise)) for noise in (moved, start))
+    assert result.diagnostics["loss_with_noise"] == [pytest.approx(after, rel=1e-4)]
+    assert after > before
+
+
+def test_ascended_noise_raises_the_loss_of_the_same_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    still = replace(QUICK, eps=0.4, iterations=8, learning_rate=1e-9)
+    ascended = purify(still).diagnostics["loss_with_noise"]
+    monkeypatch.setattr(
+        anp, "ascended", lambda noise, *_, **__: {name: each.detach() for name, each in noise.items()}
+    )
+    random = purify(still).diagnostics
+    assert all(one > other for one, other in zip(ascended, random["loss_with_noise"], strict=True))
+    none = purify(replace(still, eps=0.0)).diagnostics
     assert none["loss_with_noise"] == pytest.approx(none["loss_without_noise"], rel=1e-3)
 
 

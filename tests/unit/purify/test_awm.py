@@ -52,6 +52,43 @@ def test_the_first_step_of_adam_by_hand() -> None:
     assert 0 < int((expected < 1).sum()) < len(expected)
 
 
+def test_the_robust_term_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fixed delta, alpha and gamma: where the signs differ, the perturbed images decide."""
+    delta = torch.linspace(-0.9, 0.9, 768).view(1, 3, 16, 16)
+    monkeypatch.setattr(AWM, "_perturb", lambda *_: delta)
+    method = replace(QUICK, alpha=0.3, gamma=1e-4, rounds=1, batch_size=64)
+    with rng.isolated(rng.generator(0)):
+        model = nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8)
+        ).eval()
+    result = purify(method, model)
+    weight = dict(model.named_parameters())["0.weight"]
+    images = CLEAN.floats()
+    slopes = [
+        torch.autograd.grad(F.cross_entropy(model(shown), CLEAN.labels), weight)[0] * weight.detach()
+        for shown in (images, (images + delta).clamp(0, 1))
+    ]
+    plain = slopes[0]
+    mixed = 0.3 * plain + 0.7 * slopes[1] + 1e-4
+    clear = mixed.abs() > 1e-5
+    mask = result.model.state_dict()["0.weight"] / weight.detach()
+    expected = torch.where(mixed > 0, 0.99, 1.0)
+    torch.testing.assert_close(mask[clear], expected[clear], rtol=1e-3, atol=1e-3)
+    # The clean loss alone would have decided otherwise in many places, as would each wrong weighing.
+    unclipped = torch.autograd.grad(F.cross_entropy(model(images + delta), CLEAN.labels), weight)[0]
+    for other in (
+        plain + 1e-4,
+        slopes[1] + 1e-4,
+        0.7 * plain + 0.3 * slopes[1] + 1e-4,
+        0.3 * plain + 0.7 * slopes[1],
+        0.3 * plain + 0.7 * unclipped * weight.detach() + 1e-4,
+    ):
+        assert int(((other > 0) != (mixed > 0))[clear].sum()) > 3
+    means = result.diagnostics["rounds"][0]
+    losses = [float(F.cross_entropy(model(x), CLEAN.labels)) for x in (images, (images + delta).clamp(0, 1))]
+    assert [means["loss"], means["loss_perturbed"]] == pytest.approx(losses, rel=1e-4)
+
+
 def test_masks_are_soft_and_only_convolutions_change() -> None:
     result = purify(QUICK)
     before, after = PLANTED.model.state_dict(), result.model.state_dict()

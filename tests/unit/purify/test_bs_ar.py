@@ -14,7 +14,7 @@ from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters import find_filters
 from unbackdoor.filters.saliency import taylor_saliency
 from unbackdoor.purify import BSAR
-from unbackdoor.purify.bs_ar import benign_salience, penalty_of, suspected
+from unbackdoor.purify.bs_ar import _RegularisedStep, benign_salience, penalty_of, suspected
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.train import JointStep, Recipe
 from unbackdoor.types import LabelledImages, Purified
@@ -137,9 +137,26 @@ def test_a_network_of_a_head_alone() -> None:
 
 
 def test_the_step_is_one_that_the_training_loop_prepares_before_each_epoch() -> None:
-    from unbackdoor.purify.bs_ar import _RegularisedStep
-
     assert isinstance(_RegularisedStep(QUICK, (), CLEAN), JointStep)
+
+
+def test_salience_is_carried_over_from_epoch_to_epoch() -> None:
+    first, later = planted_backdoor().model, planted_backdoor(seed=1).model
+    filter_map = find_filters(first, CLEAN.floats()[:1])
+    names = [group.weight for group in filter_map.prunable]
+    now = [benign_salience(model, CLEAN, names) for model in (first, later, first)]
+    by_filter = [{n: values.flatten(1).sum(1) for n, values in each.items()} for each in now]
+    step = _RegularisedStep(replace(QUICK, eta=0.75), tuple(filter_map.prunable), CLEAN)
+    kept = dict(by_filter[0])
+    for epoch, (model, found) in enumerate(zip((first, later, first), by_filter, strict=True)):
+        step.before_epoch(model, epoch)
+        kept = {n: 0.75 * kept[n] + 0.25 * found[n] for n in names}
+        for name in names:
+            torch.testing.assert_close(step.salience[name], kept[name])
+            torch.testing.assert_close(step.first[name], by_filter[0][name])
+    for group in filter_map.prunable:
+        chosen = step.chosen[str(group.norms[0].weight)]
+        assert torch.equal(chosen, suspected(kept[group.weight], 0.1, "lowest"))
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,22 @@ def test_the_head_ends_with_its_norm_and_away_from_what_it_was() -> None:
     assert cosines[2.0] < -0.5 < cosines[0.0]
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+def test_the_head_starts_from_a_new_draw_at_the_old_norm(alpha: float) -> None:
+    """With a rate of almost nothing, what comes back is what the training started from."""
+    still = replace(RECIPE, epochs=1, learning_rate=1e-12)
+    state = FST(alpha, still).purify(MODEL, DATA, generator=rng.generator(0)).model.state_dict()
+    drawn = copy.deepcopy(MODEL)
+    head = find_filters(MODEL, DATA.floats()[:1]).head
+    assert head is not None
+    _draw(drawn, head, rng.generator(0))
+    old, new = MODEL.state_dict()[HEAD], drawn.state_dict()[HEAD]
+    torch.testing.assert_close(state[HEAD], new * old.norm() / new.norm())
+    torch.testing.assert_close(state["10.bias"], drawn.state_dict()["10.bias"])
+    assert abs(float(F.cosine_similarity(new.flatten(), old.flatten(), dim=0))) < 0.5
+    assert torch.equal(state["4.weight"], MODEL.state_dict()["4.weight"])
+
+
 def test_features_learn_too() -> None:
     result = FST(recipe=RECIPE).purify(MODEL, DATA, generator=rng.generator(0))
     for name in ("0.weight", "1.weight", "1.running_mean", "4.weight"):

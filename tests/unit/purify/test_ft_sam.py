@@ -12,6 +12,7 @@ from unbackdoor import rng
 from unbackdoor.costs import metered
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.purify.ft_sam import FTSAM
+from unbackdoor.settings import configure
 from unbackdoor.testing.subjects import small_data, small_network
 from unbackdoor.train import Batch, Recipe
 
@@ -66,9 +67,10 @@ def test_the_shift_worked_out_for_two_weights() -> None:
     torch.testing.assert_close(plain, 2.0 * gradients["w"] / 98**0.5)
 
 
-def test_adaptivity_is_on_by_default() -> None:
-    assert FTSAM().adaptive
-    assert FTSAM(adaptive=True).adaptive
+@pytest.mark.parametrize("method", [FTSAM(rho=2.0, recipe=ONE_STEP), configure(FTSAM(), ["adaptive=true"])])
+def test_adaptivity_is_on_by_default_and_asking_for_it_does_not_turn_it_off(method: FTSAM) -> None:
+    weights, gradients = {"w": torch.tensor([3.0, 0.0])}, {"w": torch.tensor([1.0, 9.0])}
+    torch.testing.assert_close(method._shifts(weights, gradients)["w"], torch.tensor([6.0, 0.0]))
 
 
 def test_statistics_move_once_a_step() -> None:

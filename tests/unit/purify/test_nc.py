@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from typing import Any
@@ -11,8 +12,10 @@ from torch import nn
 from unbackdoor import rng
 from unbackdoor.compute import accuracy_of, predictions_of
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
+from unbackdoor.filters.head import head_features
 from unbackdoor.filters.select import Guard
 from unbackdoor.inversion import Inversion, InvertedTrigger
+from unbackdoor.purify import nc
 from unbackdoor.purify.nc import NC, flagged_classes, smallest_reached, stamped_step
 from unbackdoor.purify.selection import Selection
 from unbackdoor.testing import planted_backdoor
@@ -70,6 +73,38 @@ def test_pruning_by_the_paper_takes_the_guilty_units_alone() -> None:
     kept = [j for j in range(48) if j not in result.diagnostics["pruned_units"]]
     assert torch.equal(after["head.weight"][:, kept], before["head.weight"][:, kept])
     assert all(torch.equal(after[name], before[name]) for name in before if name != "head.weight")
+
+
+def test_units_are_ranked_by_how_much_the_triggers_raise_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit that is loud on every image is none that the trigger excites."""
+    model = copy.deepcopy(PLANTED.model)
+    with torch.no_grad():
+        model.get_parameter("norm2.bias")[5] += 20.0
+        head = model.get_submodule("head")
+        assert isinstance(head, nn.Linear)
+        head.bias -= 20.0 * head.weight[:, 5]
+    mask = torch.zeros(1, 16, 16)
+    mask[:, -3:, -3:] = 1.0
+    corner = torch.zeros(3, 16, 16)
+    corner[:, -3:, -3:] = PLANTED.trigger(torch.zeros(1, 3, 16, 16))[0, :, -3:, -3:]
+    # Two triggers: a unit counts by the one that raises it more.
+    triggers = [
+        InvertedTrigger(3, mask, corner, 9.0, 1.0, True, 5),
+        InvertedTrigger(1, torch.ones(1, 16, 16), torch.full((3, 16, 16), 0.9), 256.0, 1.0, True, 5),
+    ]
+    monkeypatch.setattr(nc, "suspects", lambda *_, **__: (triggers, {}))
+    method = replace(QUICK, mitigation="prune", selection=Selection(amount="count", count=4))
+    result = method.purify(model, CLEAN, generator=rng.generator(0))
+    plain = head_features(model, "head", CLEAN.images)
+    stamped = [head_features(model, "head", each(CLEAN.floats())) for each in triggers]
+    rises = [(after - plain).mean(0) for after in stamped]
+    highest = torch.maximum(*rises)
+    torch.testing.assert_close(result.scores["head.inputs"], -highest)
+    assert result.diagnostics["pruned_units"] == highest.argsort(descending=True)[:4].tolist()
+    assert int(stamped[0].mean(0).argmax()) == 5
+    assert set(rises[0].argsort(descending=True)[:2].tolist()) == {46, 47}
+    assert not torch.allclose(highest, rises[0])
+    assert not torch.allclose(highest, rises[1])
 
 
 @pytest.mark.parametrize(

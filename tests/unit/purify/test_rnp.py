@@ -102,7 +102,9 @@ def test_the_paper_has_the_authors_numbers() -> None:
         0.01, 0.9, 20, "epoch", 0.2,
     )  # fmt: skip
     assert (ascent.mu, ascent.decay_convention, ascent.clip_norm) == (5e-4, "torch", 0.0)
-    assert (paper.selection.amount, paper.selection.count) == ("own", 30)
+    assert (ascent.decay, ascent.augment, ascent.checks_per_epoch) == ("all", True, 1)
+    assert (paper.masks.target, paper.masks.norm_mode, paper.masks.augment) == ("norm_scale", "train", True)
+    assert (paper.selection.amount, paper.threshold, paper.masks.tolerance) == ("own", 0.3, 0.0)
 
 
 def test_options_are_checked() -> None:

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from unbackdoor import rng
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.groups import find_filters
-from unbackdoor.filters.select import Guard
+from unbackdoor.filters.head import head_features
+from unbackdoor.filters.select import Exposed, Guard
 from unbackdoor.inversion import Inversion
 from unbackdoor.masks import MaskTraining
 from unbackdoor.purify import selection as selecting
@@ -28,6 +32,7 @@ from unbackdoor.settings import configure
 from unbackdoor.suppression import Suppression
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.testing.subjects import small_data, small_network
+from unbackdoor.train import Recipe
 from unbackdoor.types import LabelledImages, Purifier
 
 with rng.isolated(rng.generator(0)):
@@ -87,6 +92,9 @@ def test_a_method_that_holds_out_itself_says_so() -> None:
             TSBD(selection=selection)
 
 
+PLANTED = planted_backdoor()
+CLEAN = PLANTED.clean_data(64, rng.generator(0))
+LAX = Guard(candidates=0.5, per_filter=9.0, total=9.0, accuracy=1.0, screen=0.0, patience=0)
 SHORT, HALF = Inversion(steps=8, batch_size=8, success=0.01), Selection(held_out_fraction=0.5)
 HOLDING: list[Purifier] = [
     ANP(iterations=2, batch_size=16, selection=HALF),
@@ -128,6 +136,99 @@ def test_all_methods_hold_out_the_images_that_mnp_does(
     assert all(float(step["accuracy"] * len(held)).is_integer() for step in kept)
 
 
+# Of each method, the functions that learn and those that measure for the guard.
+READERS: list[tuple[Purifier, tuple[str, ...], tuple[str, ...]]] = [
+    (CLP(selection=HALF), (), ("select",)),
+    (HOLDING[0], ("batches",), ("select",)),
+    (HOLDING[1], ("suppress", "learn_masks"), ("select",)),
+    (BNP(selection=HALF), ("clean_divergences",), ("select",)),
+    (EP(selection=HALF), ("answer_entropies",), ("select",)),
+    (
+        FP(recipe=Recipe(epochs=1, batch_size=16), selection=HALF),
+        ("_find_units", "fine_tuned"),
+        ("_Sweep.of",),
+    ),
+    (
+        MNP(
+            ("suppression",), suppression=Suppression(budget=1), masks=MaskTraining(epochs=1),
+            held_out_fraction=0.5,
+        ),
+        ("suppress", "learn_masks"),
+        ("guarded_walk",),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("expose", [False, True])
+@pytest.mark.parametrize(
+    ("method", "learners", "guards"), READERS, ids=[method.name for method, *_ in READERS]
+)
+def test_learners_and_guard_each_get_their_part_of_the_images(
+    method: Any,  # noqa: ANN401
+    learners: tuple[str, ...],
+    guards: tuple[str, ...],
+    expose: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if expose and not isinstance(method, MNP):
+        asking = Selection(guard=LAX, expose="unlearnt", held_out_fraction=0.5)
+        method = replace(method, selection=asking)
+    learning, held = selecting.divide(CLEAN, 0.5, rng.generator(3))
+    home = f"unbackdoor.purify.{method.name}"
+    seen: dict[str, list[LabelledImages | Tensor]] = {}
+
+    def spy_on(name: str) -> None:
+        true = pkgutil.resolve_name(f"{home}:{name}")
+
+        def spy(*given: Any, **options: Any) -> Any:  # noqa: ANN401
+            values = [*given, *options.values()]
+            values += [each.data for each in values if isinstance(each, Exposed)]
+            parts = [each for each in values if isinstance(each, LabelledImages)]
+            # Fine-pruning hands over images or labels alone.
+            parts += [each for each in values[2:] if isinstance(each, Tensor) and len(each) == len(held)]
+            seen.setdefault(name, []).extend(parts)
+            return true(*given, **options)
+
+        monkeypatch.setattr(f"{home}.{name}", spy)
+
+    for name in (*learners, *guards):
+        spy_on(name)
+    method.purify(PLANTED.model, CLEAN, generator=rng.generator(3))
+    assert set(seen) == {*learners, *guards}
+    for name, parts in seen.items():
+        expected = learning if name in learners else held
+        assert parts
+        for part in parts:
+            if isinstance(part, LabelledImages):
+                assert torch.equal(part.images, expected.images), name
+            elif part.dtype == torch.int64:
+                assert torch.equal(part.cpu(), expected.labels), name
+            elif part.ndim == 4:
+                assert torch.equal(part, expected.images), name
+            elif not expose:
+                features = head_features(PLANTED.model, "head", expected.images)
+                torch.testing.assert_close(part.flatten(1), features)
+
+
+def test_an_unlearnt_copy_unlearns_what_the_scores_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    learning, held = selecting.divide(CLEAN, 0.5, rng.generator(3))
+    unlearnt: list[LabelledImages] = []
+    true = selecting.suppress
+
+    def spy(model: nn.Module, data: LabelledImages, *given: Any, **options: Any) -> Any:  # noqa: ANN401
+        unlearnt.append(data)
+        return true(model, data, *given, **options)
+
+    monkeypatch.setattr(selecting, "suppress", spy)
+    asking = Selection(guard=LAX, expose="unlearnt", held_out_fraction=0.5)
+    exposed = selecting.exposed_copy(
+        PLANTED.model, learning, held, asking, generator=rng.generator(0)
+    )  # fmt: skip
+    assert exposed is not None
+    assert exposed.data is held
+    assert unlearnt == [learning]
+
+
 def test_the_walk_over_units_ends_when_nothing_goes() -> None:
     tried: list[int] = []
 
@@ -138,11 +239,6 @@ def test_the_walk_over_units_ends_when_nothing_goes() -> None:
     removed, steps = guarded_units(measure, "head.inputs", [0, 1, 2, 3], Guard(patience=2))
     assert (removed, tried, len(steps)) == ([0], [0, 1, 2], 3)
     assert guarded_units(measure, "head.inputs", [0, 1, 2, 3], Guard(patience=0))[0] == [0, 3]
-
-
-PLANTED = planted_backdoor()
-CLEAN = PLANTED.clean_data(64, rng.generator(0))
-LAX = Guard(candidates=0.5, per_filter=9.0, total=9.0, accuracy=1.0, screen=0.0, patience=0)
 
 
 @pytest.mark.parametrize("method", HOLDING, ids=lambda method: method.name)

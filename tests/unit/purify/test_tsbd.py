@@ -129,10 +129,13 @@ def test_the_original_loses_the_weights_before_it_is_tuned() -> None:
 
 
 def test_cleared_weights_learn_again() -> None:
-    state = purify(counted(32, weight_fraction=1.0)).model.state_dict()
-    assert float(state["10.bias"].abs().max()) > 0.0
-    half = purify(counted(5, weight_fraction=0.5)).model.state_dict()
-    assert all(float(half[f"{name}.weight"].abs().min()) > 0 for name in ("0", "4"))
+    result = purify(counted(5, weight_fraction=0.5))
+    assert result.diagnostics["weights_cleared"] > 5 * 9
+    assert all(float(result.model.state_dict()[f"{name}.weight"].abs().min()) > 0 for name in ("0", "4"))
+    # Without any kernel only the bias of the head gets a gradient, and it does learn.
+    state, before = purify(counted(32, weight_fraction=1.0)).model.state_dict(), MODEL.state_dict()
+    assert not any(float(state[f"{name}.weight"].abs().max()) for name in ("0", "4"))
+    assert float((state["10.bias"] - before["10.bias"]).abs().max()) > 1e-3
 
 
 def guarded(accuracy: float) -> TSBD:
@@ -162,6 +165,11 @@ def test_a_count_uses_all_images() -> None:
     diagnostics = purify(counted(3)).diagnostics
     assert (diagnostics["learning_images"], diagnostics["held_out_images"]) == (64, 0)
     assert diagnostics["filters"] == 3
+    unlearning = TSBD.paper().unlearning
+    assert (unlearning.learning_rate, unlearning.batch_size, unlearning.unit, unlearning.budget) == (
+        1e-4, 256, "epoch", 1000,
+    )  # fmt: skip
+    assert (unlearning.augment, unlearning.checks_per_epoch, unlearning.mu) == (True, 1, 0.0)
     paper = replace(TSBD.paper(0.25), unlearning=SHORT, recipe=ONE_STEP)
     assert purify(paper).diagnostics["filters"] == 8
 
