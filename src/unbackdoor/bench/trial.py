@@ -23,8 +23,9 @@ from unbackdoor.bench.records import answered
 from unbackdoor.bench.runner import drive
 from unbackdoor.bench.store import Record, Store
 from unbackdoor.catalogue import find
+from unbackdoor.compute import check_fits
 from unbackdoor.data.splits import draw_balanced
-from unbackdoor.detect.calibration import options_of
+from unbackdoor.detect.calibration import Kind, options_of
 from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.detect.scan import Scan
 from unbackdoor.errors import InvalidInputError
@@ -180,9 +181,7 @@ class Trial:
             "valid": entry.is_clean or bool(entry.card.get("validity", {}).get("valid", True)),
             "metrics": {name: entry.rate(name) for name in ("clean_accuracy", "attack_success")},
         }
-        return history | answered(
-            asked, lambda log: {"detections": self._detect(entry, asked, log)}, progress=progress
-        )
+        return history | answered(asked, lambda log: self._detect(entry, asked, log), progress=progress)
 
     def _detect(self, entry: zoo.Entry, asked: Question, progress: Progress) -> dict[str, Any]:
         model = zoo.load_network(entry)
@@ -190,12 +189,17 @@ class Trial:
         seed = asked.seed + int(asked.model_sha256[:8], 16)
         clean = draw_balanced(self.pool, asked.clean_images, rng.generator(seed))
         method, generator = _method(asked.detector, asked.options), rng.generator(seed)
+        classes = check_fits(model, clean, purpose="a trial")
+        kind = {"kind": Kind.of(model, clean, classes).model_dump(mode="json")}
+        started = time.perf_counter()
         if isinstance(method, Scan):
             measured = method.measure(model, clean, generator=generator, progress=progress)
-            return {each.name: _described(each.detection, each.seconds) for each in measured.evidence}
-        started = time.perf_counter()
-        found = method.score(model, clean, generator=generator, progress=progress)
-        return {method.name: _described(found, time.perf_counter() - started)}
+            # More than its detectors' own times, some of which share a run.
+            seconds = round(time.perf_counter() - started, 3)
+            found = {each.name: _described(each.detection, each.seconds) for each in measured.evidence}
+            return kind | {"detections": found, "scan_seconds": seconds}
+        detection = method.score(model, clean, generator=generator, progress=progress)
+        return kind | {"detections": {method.name: _described(detection, time.perf_counter() - started)}}
 
 
 def run(

@@ -275,8 +275,10 @@ def _merged(noted: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
     found = dict(defaults)
     for name, value in noted.items():
         usual = defaults.get(name)
-        both = isinstance(value, Mapping) and isinstance(usual, Mapping)
-        found[name] = _merged(value, usual) if both else value
+        if isinstance(value, Mapping) and isinstance(usual, Mapping):
+            found[name] = _merged(value, usual)
+        else:
+            found[name] = value
     return found
 
 

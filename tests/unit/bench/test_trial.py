@@ -89,6 +89,9 @@ def test_a_question_is_answered_once_and_a_changed_default_is_a_new_one(tmp_path
     assert (record["status"], record["attack"], record["valid"]) == ("ok", None, True)
     assert set(record["detections"]) == {"collapse", "mnp", "trigger_search", "head_weights"}
     assert record["detections"]["head_weights"]["score"] is not None
+    assert record["kind"]["num_classes"] == 10
+    # The whole takes at least as long as its parts, of which one is the run that two read.
+    assert record["scan_seconds"] >= sum(each["seconds"] for each in record["detections"].values()) - 0.01
     json.dumps(record, allow_nan=False)
 
 
