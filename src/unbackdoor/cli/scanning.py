@@ -26,6 +26,12 @@ ADVICE = {
     "inconclusive": "Do not rely on this model yet: mend what is named above and scan again.",
 }
 
+CLOSE = (
+    "Do not rely on this model yet: scan it again with --seed 1, --seed 2 and other clean images; if it "
+    "stays close to the threshold, get it from another source or compare it with more clean models."
+)
+"""The advice where nothing is there to mend."""
+
 
 def scan_document(
     model: nn.Module,
@@ -49,7 +55,7 @@ def scan_document(
         clean_accuracy=rate(result.plausibility.accuracy),
         verdict=result.verdict,
         reason=sentence(result.reason),
-        advice=ADVICE[result.verdict],
+        advice=CLOSE if result.ground == "close" else ADVICE[result.verdict],
         target_class=target,
         target_name=None if target is None else clean.name_of(target),
         confidence=None if result.confidence is None else doc.Confidence(**asdict(result.confidence)),
