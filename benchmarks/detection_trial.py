@@ -88,7 +88,9 @@ def _train(options: argparse.Namespace, name: str, described: dict[str, Any], da
     root = options.out / name
     root.mkdir(parents=True, exist_ok=True)
     spec = root / "models.toml"
-    spec.write_text(trial.specification(described["defaults"], trial.expand(described["grids"])))
+    spec.write_text(
+        trial.specification(described["defaults"], trial.expand(described["grids"], described.get("vary")))
+    )
     command = [sys.executable, str(Path(__file__).with_name("build_zoo.py"))]
     command += ["--spec", str(spec), "--data", data, "--out", str(root), "--jobs", str(options.jobs)]
     # Attacks that did not take end it with an error; they are counted in the tables.

@@ -41,7 +41,9 @@ SCAN = "scan"
 _GRID = {"name", "attack", "count", "seed", "epochs", "set", "vary", "arch", "width", "plain"}
 
 
-def expand(grids: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def expand(
+    grids: Sequence[Mapping[str, Any]], vary: Mapping[str, Sequence[Any]] | None = None
+) -> dict[str, dict[str, Any]]:
     """Spell out the models of some grids, for ``benchmarks/build_zoo.py``.
 
     Args:
@@ -49,6 +51,8 @@ def expand(grids: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             ``seed + i`` and takes, of each list in ``vary`` (option to values) and of a list of ``epochs``,
             the entry i modulo its length. Lists whose lengths have no common divisor meet in all
             combinations.
+        vary: The same for options of all grids, so that infected and clean models are trained alike: the
+            n-th model of all takes the entry n modulo the list's length, unless its grid varies that option.
 
     Returns:
         Model name to what a specification says of it.
@@ -68,12 +72,14 @@ def expand(grids: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             name = f"{grid['name']}-{index:02d}"
             if name in models:
                 raise InvalidInputError(f"two models of the trial are called {name!r}; rename a grid.")
-            models[name] = _model(grid, index)
+            shared = {option: values[len(models) % len(values)] for option, values in (vary or {}).items()}
+            models[name] = _model(grid, index, shared)
     return models
 
 
-def _model(grid: Mapping[str, Any], index: int) -> dict[str, Any]:
-    varied = {option: values[index % len(values)] for option, values in grid.get("vary", {}).items()}
+def _model(grid: Mapping[str, Any], index: int, shared: Mapping[str, Any]) -> dict[str, Any]:
+    own = {option: values[index % len(values)] for option, values in grid.get("vary", {}).items()}
+    varied = {**shared, **own}
     epochs = grid.get("epochs")
     found = {
         "attack": grid["attack"],
