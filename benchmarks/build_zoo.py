@@ -68,7 +68,9 @@ def _build(name: str, job: training.Job) -> bool:
     if (job.out / "card.json").exists():
         return True
     try:
-        card = training.run_alone(job, lambda stage, done, total: _say(name, f"{stage} {done}/{total}"))
+        card = training.run_alone(
+            job.ready(), lambda stage, done, total: _say(name, f"{stage} {done}/{total}")
+        )
     except UnbackdoorError as error:
         _say(name, f"error: {error}")
         return False

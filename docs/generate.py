@@ -107,7 +107,8 @@ nodes, on some nodes without a label and gives them the target's label. The defe
 trigger, no target class. Import rules keep it so.
 
 **What is measured.** CA: accuracy on test nodes in the whole graph. ASR and RA: share of the victims of other classes that go to the
-target, or keep their class, when all of them get their trigger at once. Recall and precision of flagged nodes.
+target, or keep their class, when all of them get their trigger at once. Recall and precision of flagged nodes; a run that flags
+none has no precision, and where a mean is over fewer runs than there are, tables say over how many.
 
 **Data.** `cora-like`, `citeseer-like`, `pubmed-like` and `tiny` are made up (a degree-corrected block model with bags of words;
 `cora-like:0.5` has half the nodes); Planetoid files are read where you have them.

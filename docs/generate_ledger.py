@@ -39,7 +39,10 @@ nothing else running); passes compare across machines, seconds do not. A pass in
 answered from memory, as in the guarded walk, counts as the share of its multiply-adds that it did again.
 """
 
-UNMEASURED = "The records of that suite are not in the project yet, so the columns on cost are empty.\n"
+UNMEASURED = "The records of that suite are not in the project yet, so the columns on cost are left out.\n"
+
+COSTS = ("images", "passes, thousands", "seconds")
+"""Columns that need records."""
 
 _SECTIONS = (
     "Deviations", "Reconstructed", "Choices of ours", "Not reproduced", "Beyond the paper", "The paper does this",
@@ -50,9 +53,9 @@ def page() -> str:
     """Return the whole page."""
     facts = tomllib.loads(FACTS.read_text())
     costs = measured()
-    rows = ["| method | gets | images | passes, thousands | seconds | how much, by default | in the paper |"]
-    rows.append("|---|---|---|---|---|---|---|")
-    rows += [_row(cls, facts[name], costs.get(name)) for name, cls in PURIFIERS.items()]
+    columns = ["method", "gets", *(COSTS if costs else ()), "how much, by default", "in the paper"]
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows += [_row(cls, facts[name], costs.get(name), costs=bool(costs)) for name, cls in PURIFIERS.items()]
     sections = [_section(cls, facts[name]) for name, cls in PURIFIERS.items()]
     note = "" if costs else f"\n{UNMEASURED}"
     return "\n".join([HEAD + note, *rows, "", *sections])
@@ -62,15 +65,15 @@ def measured() -> dict[str, Record]:
     """Return a record of each method with its default options, by name."""
     found: dict[str, Record] = {}
     for record in Store(RECORDS).records().values():
-        cell = record.get("cell", {})
-        if record["status"] == "ok" and not cell.get("paper") and not cell.get("options"):
+        cell = record.get("cell")  # a training has none
+        if cell and record["status"] == "ok" and not cell.get("paper") and not cell.get("options"):
             found[cell["method"]] = record
     return found
 
 
-def _row(cls: type[Any], facts: dict[str, Any], record: Record | None) -> str:
+def _row(cls: type[Any], facts: dict[str, Any], record: Record | None, *, costs: bool) -> str:
     entry = catalogue.entry("purifier", cls)
-    cost = ["", "", ""]
+    cost = [""] * len(COSTS) if costs else []
     if record is not None:
         spent = record["cost"]
         passes = (

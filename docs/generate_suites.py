@@ -34,7 +34,7 @@ triggered test images at the threshold that one clean one in a hundred exceeds.
 
 **A suite of your own** is a TOML file of the same form: `unbackdoor bench mine.toml --data FOLDER`. Sizes name lists
 of models, `zoo` (`zoo.toml` in the folder of `--zoo`) or one of those below; grids name models and methods by name or
-pattern, with `options` as `--set` takes them, `paper`, `clean_images`, `seeds`, and `scale`, which halves and doubles
+pattern, with `options` as `--set` takes them and `names` for what tables call them, `paper`, `clean_images`, `seeds`, and `scale`, which halves and doubles
 options one at a time. `oracle = true` adds to each pruning method CA and ASR after 0, 1, 2, 5, 10, 20, 30, 50 and 100
 filters in the order of its scores; that uses the trigger, so it judges an order and is no result of a defence.
 """

@@ -41,7 +41,7 @@ class Entry:
 
     Args:
         kind: ``attack``, ``purifier``, ``model detector`` or ``sample detector``; those for graphs have
-            ``graph`` before it.
+            ``graph`` before it; or ``scan``.
         name: As the command line takes it, with dashes.
         title: Its name for people.
         source: The paper.
@@ -100,8 +100,12 @@ def configured(kind: str, methods: Mapping[str, type[Any]], name: str, *, paper:
 
 def entry(kind: str, cls: type[Any]) -> Entry:
     """Describe a method."""
-    summary = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-    return Entry(kind, dashed(cls.name), cls.title, cls.source, cls.needs, summary)
+    return Entry(kind, dashed(cls.name), cls.title, cls.source, cls.needs, summary(cls))
+
+
+def summary(cls: type[Any]) -> str:
+    """Return the first sentence of a method's docstring."""
+    return inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
 
 
 def version_of(cls: type[Any]) -> int:

@@ -27,12 +27,15 @@ def device_named(name: str) -> torch.device:
     """Return the device called ``name``; ``auto`` takes CUDA where there is some.
 
     Raises:
-        InvalidInputError: If it is not available.
+        InvalidInputError: If there is no such device, or not here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidInputError(f"unknown device {name!r}; use cpu, cuda or auto.") from error
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidInputError(f"device {name!r} is not available here; use cpu or auto.") from error
@@ -132,6 +135,23 @@ def accuracy_of(model: nn.Module, data: LabelledImages, *, batch_size: int = EVA
     """Return the fraction of ``data`` that ``model`` classifies correctly in eval mode."""
     predictions = predictions_of(model, data.images, batch_size=batch_size)
     return float((predictions == data.labels.cpu()).float().mean())
+
+
+def check_channels(model: nn.Module, data: LabelledImages) -> None:
+    """Fail early, and in words, if ``model`` was not made for images with so many channels.
+
+    Running it on one image does not tell: a normalisation in front of it spreads one channel over three.
+
+    Raises:
+        InvalidInputError: If the first convolution takes another number of channels.
+    """
+    first = next((p for p in model.parameters() if p.ndim == 4), None)
+    channels = data.images.shape[1]
+    if first is not None and first.shape[1] > 1 and first.shape[1] != channels:
+        raise InvalidInputError(
+            f"the images have {channels} channel(s), the model's first convolution takes {first.shape[1]}; "
+            "give images of the kind that the model was trained on."
+        )
 
 
 def check_fits(model: nn.Module, data: LabelledImages, *, purpose: str, at_least: int = 1) -> int:

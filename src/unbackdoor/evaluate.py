@@ -27,6 +27,13 @@ class BackdoorMetrics:
     attack_success: Rate
     robust_accuracy: Rate
 
+    def __str__(self) -> str:
+        """Return the rates in a line, with the number of triggered images."""
+        return (
+            f"CA {_percent(self.clean_accuracy)}, ASR {_percent(self.attack_success)} of "
+            f"{self.attack_success.n}, RA {_percent(self.robust_accuracy)}"
+        )
+
     def describe(self) -> dict[str, Any]:
         """Return JSON values."""
         return {
@@ -34,6 +41,10 @@ class BackdoorMetrics:
             "attack_success": self.attack_success.describe(),
             "robust_accuracy": self.robust_accuracy.describe(),
         }
+
+
+def _percent(rate: Rate) -> str:
+    return f"{100 * rate.value:.1f} %" if rate.n else "-"
 
 
 def clean_accuracy(model: nn.Module, test: LabelledImages, *, batch_size: int = EVALUATION_BATCH) -> Rate:

@@ -40,6 +40,7 @@ from unbackdoor.detect.head_weights import HeadWeights
 from unbackdoor.detect.ibd_psc import IBDPSC
 from unbackdoor.detect.mm_bd import MaximumMargin
 from unbackdoor.detect.nc import TriggerSize
+from unbackdoor.detect.perturbation_search import PerturbationSearch
 from unbackdoor.detect.scale_up import ScaleUp
 from unbackdoor.detect.scan_statistics import SCAn
 from unbackdoor.detect.spectral import SpectralSignatures
@@ -258,6 +259,7 @@ DETECTORS: dict[str, ModelDetector] = {
     "rnp-trigger": UnlearntTrigger(replace(SUPPRESSION, stop_accuracy=1.0), INVERSION),
     "scan": ScanDetector(Scan(suppression=SUPPRESSION, search=TriggerSearch(INVERSION, INVERSION))),
     "trigger-search": TriggerSearch(INVERSION, INVERSION),
+    "perturbation-search": PerturbationSearch(replace(Inversion.additive(), steps=10, learning_rate=0.05)),
     "trigger-search-calibrated": TriggerSearch(
         INVERSION,
         INVERSION,

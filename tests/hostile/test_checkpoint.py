@@ -93,7 +93,7 @@ def test_the_import_is_named_with_its_place(tmp_path: Path) -> None:
     assert refusal_of(path) == (
         "Refused to load 'mal.pt': data.pkl wants to import 'posix.system' at byte 2. Nothing in the file "
         "was executed. Ask the author for a .safetensors file, "
-        "or a torch.save(model.state_dict()) checkpoint."
+        "or a torch.save(model.state_dict()) checkpoint; docs/how-to/open-a-refused-file.md says more."
     )
 
 

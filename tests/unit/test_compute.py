@@ -161,3 +161,21 @@ def test_misfits_are_told_apart() -> None:
         compute.check_fits(model, grey, purpose="this test")
     with pytest.raises(UnsupportedModelError, match=r"got tuple"):
         compute.check_fits(nets.TupleOutput(), fitting, purpose="this test")
+
+
+def test_channels_are_those_of_the_first_convolution() -> None:
+    model, images = nets.SmallConvNet(), nets.images(2, size=8)
+    labels = torch.tensor([0, 1])
+    compute.check_channels(model, LabelledImages(images, labels))
+    with pytest.raises(
+        InvalidInputError, match=r"have 1 channel\(s\), the model's first convolution takes 3"
+    ):
+        compute.check_channels(model, LabelledImages(images[:, :1], labels))
+
+
+def test_devices_that_do_not_exist_and_that_are_not_here() -> None:
+    assert compute.device_named("cpu").type == "cpu"
+    with pytest.raises(InvalidInputError, match="unknown device 'gpu'; use cpu, cuda or auto"):
+        compute.device_named("gpu")
+    with pytest.raises(InvalidInputError, match="device 'cuda:99' is not available here"):
+        compute.device_named("cuda:99")

@@ -13,6 +13,7 @@ from typing import ClassVar
 import pytest
 
 from unbackdoor.attacks.registry import ATTACKS
+from unbackdoor.bench.store import Store
 from unbackdoor.purify.registry import PURIFIERS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -61,6 +62,15 @@ def test_the_ledger_claims_faithfulness_for_no_method_by_itself() -> None:
     for name in ("gup", "onp", "bs-ar"):
         section = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
         assert "\nReconstructed" in section, name
+
+
+def test_the_ledger_reads_past_records_of_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = _load("generate_ledger")
+    store = Store(tmp_path / "records.jsonl")
+    store.add({"key": "t", "kind": "training", "model": "badnets", "status": "ok"})
+    store.add({"key": "a", "status": "ok", "cell": {"method": "ft", "paper": False, "options": {}}})
+    monkeypatch.setattr(ledger, "RECORDS", store.path)
+    assert list(ledger.measured()) == ["ft"]
 
 
 def test_every_attack_has_a_section() -> None:

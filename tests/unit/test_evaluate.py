@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.errors import InvalidInputError
-from unbackdoor.evaluate import clean_accuracy, evaluate
+from unbackdoor.evaluate import BackdoorMetrics, clean_accuracy, evaluate
 from unbackdoor.rates import Rate
 from unbackdoor.types import AllToAll, AllToOne, LabelledImages
 
@@ -110,3 +110,9 @@ def test_empty_and_foreign_data_are_refused() -> None:
         clean_accuracy(model, written([]))
     with pytest.raises(InvalidInputError, match="labels go up to 3, but the model has 3 outputs"):
         evaluate(model, written([0, 3]), whiten, AllToOne(0))
+
+
+def test_metrics_read_as_a_line() -> None:
+    metrics = BackdoorMetrics(Rate(850, 1000), Rate(441, 9000), Rate(6993, 9000))
+    assert str(metrics) == "CA 85.0 %, ASR 4.9 % of 9000, RA 77.7 %"
+    assert str(BackdoorMetrics(Rate(1, 1), Rate(0, 0), Rate(0, 0))) == "CA 100.0 %, ASR - of 0, RA -"

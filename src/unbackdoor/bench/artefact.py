@@ -107,7 +107,8 @@ def save_clean(
     """Write ``model.safetensors`` and ``card.json`` of a model without a backdoor; return the card."""
     model = _rounded(model) if half else model
     metrics = {"clean_accuracy": clean_accuracy(model, test).describe()}
-    return _save(out, model, {"attack": None, "metrics": metrics, "seed": seed, **record}, half=half)
+    card = {"attack": None, "metrics": metrics, "num_classes": test.num_classes, "seed": seed, **record}
+    return _save(out, model, card, half=half)
 
 
 def paper_options(attack: Attack) -> dict[str, Any] | None:

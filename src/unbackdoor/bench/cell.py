@@ -69,9 +69,11 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """A few words for people."""
+        """A few words for people; they name the task where it is not to purify."""
+        task = f" {self.task}" if self.task != "purify" else ""
         images = f" {self.clean_images} images" if self.clean_images != USUAL_IMAGES else ""
-        return f"{task_label(self.model, self.method, self.paper, self.options)}{images} seed {self.seed}"
+        what = task_label(self.model, self.method, self.paper, self.options)
+        return f"{what}{task}{images} seed {self.seed}"
 
     @property
     def group(self) -> str:

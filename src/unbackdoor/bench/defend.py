@@ -133,9 +133,12 @@ class Bench:
         return {**found, "cost": cost.describe()}
 
     def _ablate(self, cell: Cell, suspect: Suspect, progress: Progress) -> dict[str, Any]:
+        method = configured("ablate", cell.method, cell.paper, cell.options)
         images = draw_balanced(self.test, cell.clean_images, rng.generator(cell.seed))
         with metered() as cost:
-            found = ablations(suspect.model, suspect.infected, images, progress=progress)
+            found = ablations(
+                suspect.model, suspect.infected, images, prune_mode=method.prune_mode, progress=progress
+            )
         return {**found, "cost": cost.describe()}
 
     def _tested(self, cell: Cell) -> LabelledImages:
@@ -230,7 +233,9 @@ def line_of(label: str, record: Record) -> str:
     spent = f"{record.get('seconds', 0):.1f} s"
     if "after" not in record:
         score = record.get("score")
-        found = "" if score is None else f"score {score:.3g}, threshold {record['threshold']:.3g}; "
+        limit = record.get("threshold")
+        found = "" if score is None else f"score {score:.3g}, "
+        found += "" if score is None else "no threshold; " if limit is None else f"threshold {limit:.3g}; "
         return f"{label}: {found}{spent}"
     before, after = record["before"], record["after"]
     changes = ", ".join(

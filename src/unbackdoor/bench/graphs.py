@@ -14,7 +14,7 @@ from unbackdoor.bench.records import answered
 from unbackdoor.bench.store import Record
 from unbackdoor.bench.tables import label_of, markdown, percent
 from unbackdoor.bench.validity import Requirements
-from unbackdoor.catalogue import configured, options_of
+from unbackdoor.catalogue import configured, options_of, version_of
 from unbackdoor.costs import metered
 from unbackdoor.graph.attacks import ATTACKS
 from unbackdoor.graph.evaluate import clean_accuracy, evaluate, judge
@@ -26,6 +26,9 @@ from unbackdoor.types import Progress, silent
 
 VERSION = 1
 """Raised when the meaning of a graph cell changes."""
+
+LATER = {"method_version": 1, "attack_version": 1}
+"""Fields that came after the first records, with what those meant: equal questions keep their keys."""
 
 _SCALED = ("poisoned",)
 """Options of attacks that go with the size of the data."""
@@ -44,6 +47,8 @@ class GraphCell:
         options: Options of the defence set on top.
         settings: All options of the defence that result.
         attack_settings: All options of the attack.
+        method_version: Of the purifier's code, raised when its results change.
+        attack_version: Of the attack's code.
     """
 
     data: str
@@ -54,6 +59,8 @@ class GraphCell:
     options: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
     attack_settings: Mapping[str, str] = field(default_factory=dict)
+    method_version: int = 1
+    attack_version: int = 1
 
     @property
     def model(self) -> str:
@@ -83,8 +90,9 @@ class GraphCell:
         return f"{self.model} {self.method}"
 
     def describe(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return {"model": self.model, **asdict(self)}
+        """Return JSON values; fields that came later are left out where they say what was meant before."""
+        values = {k: v for k, v in asdict(self).items() if k not in LATER or v != LATER[k]}
+        return {"model": self.model, **values}
 
 
 def graph_cell(
@@ -103,6 +111,7 @@ def graph_cell(
         InvalidInputError: If there is no such attack, method or option.
     """
     offence = _attack(attack, attack_options or {})
+    defence = _purifier(method, paper, options or {})
     return GraphCell(
         data=data,
         attack=attack,
@@ -110,8 +119,10 @@ def graph_cell(
         seed=seed,
         paper=paper,
         options=dict(options or {}),
-        settings=_spelt(_purifier(method, paper, options or {})),
+        settings=_spelt(defence),
         attack_settings={} if offence is None else _spelt(offence),
+        method_version=version_of(type(defence)),
+        attack_version=1 if offence is None else version_of(type(offence)),
     )
 
 
@@ -217,6 +228,7 @@ def graph_table(records: Sequence[Record]) -> str:
     """Return one row a graph, attack and method as Markdown: means over the seeds, with the range.
 
     Of the attacks, those count as valid that reach 90 % without a defence; only these say what one is worth.
+    A mean over fewer runs than there are says over how many: nothing flagged has no precision.
     """
     columns: dict[str, Callable[[Sequence[Record]], str]] = {
         "seeds": lambda rows: str(len(rows)),
@@ -224,9 +236,9 @@ def graph_table(records: Sequence[Record]) -> str:
         "CA": lambda rows: _spread(_values(rows, "clean_accuracy")),
         "ASR": lambda rows: _spread(_values(rows, "attack_success")),
         "RA": lambda rows: _spread(_values(rows, "robust_accuracy")),
-        "recall": lambda rows: _spread(_found(rows, "recall")),
-        "precision": lambda rows: _spread(_found(rows, "precision")),
-        "AUROC": lambda rows: _spread(_aurocs(rows)),
+        "recall": lambda rows: _spread(_found(rows, "recall"), _attacked(rows)),
+        "precision": lambda rows: _spread(_found(rows, "precision"), _attacked(rows)),
+        "AUROC": lambda rows: _spread(_aurocs(rows), _attacked(rows)),
         "said backdoored": _verdicts,
         "seconds": lambda rows: f"{statistics.median(r['cost']['seconds'] for r in rows):.1f}",
     }
@@ -247,6 +259,11 @@ def _values(rows: Sequence[Record], rate: str) -> list[float]:
     return [row["after"][rate]["value"] for row in rows if rate in row["after"]]
 
 
+def _attacked(rows: Sequence[Record]) -> int:
+    """Return how many runs looked for nodes that were there to be found."""
+    return sum("detection" in row and bool(row["attack"]) for row in rows)
+
+
 def _found(rows: Sequence[Record], rate: str) -> list[float]:
     found = [row["detection"][rate]["value"] for row in rows if "detection" in row and row["attack"]]
     return [value for value in found if value is not None]
@@ -262,7 +279,8 @@ def _verdicts(rows: Sequence[Record]) -> str:
     return f"{sum(map(bool, said))} of {len(said)}" if said else "-"
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float], runs: int = 0) -> str:
     if not values:
         return "-"
-    return f"{percent(statistics.mean(values))} ({percent(min(values))} to {percent(max(values))})"
+    fewer = f"; {len(values)} of {runs} runs" if len(values) < runs else ""
+    return f"{percent(statistics.mean(values))} ({percent(min(values))} to {percent(max(values))}{fewer})"

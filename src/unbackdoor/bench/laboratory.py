@@ -75,15 +75,11 @@ class Laboratory:
         return bench.answer(task)
 
     def _train(self, task: Training) -> Record:
-        about = {
-            "key": task.key,
-            "kind": "training",
-            "model": task.job.out.name,
-            "command": task.job.command(),
-        }
+        job = task.job.ready()
+        about = {"key": task.key, "kind": "training", "model": job.out.name, "command": job.command()}
         return recorded(
             about,
-            lambda log: _trained(task, training.run_alone(task.job, log)),
+            lambda log: _trained(task, training.run_alone(job, log)),
             progress=silent,
             device=device_named(self.device),
         )

@@ -89,7 +89,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
     """Return under which a record came about: versions, state of the code, device, time."""
     return {
         "unbackdoor": unbackdoor.__version__,
-        "git": _git_state(),
+        "git": git_state(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "device": _device(device),
@@ -114,15 +114,19 @@ def _processor() -> str:
 
 
 @cache
-def _git_state() -> str | None:
-    """Return the commit that this code is of, with ``+`` if it was changed since; None outside a checkout."""
+def git_state(package: Path = Path(unbackdoor.__file__).parent) -> str | None:
+    """Return the commit that this code is of, with ``+`` if it was changed since; None outside a checkout.
+
+    Args:
+        package: Folder of the code; changes elsewhere in the checkout do not count.
+    """
     try:
         head, changed = (
             subprocess.run(  # noqa: S603
-                ["git", "-C", str(Path(__file__).parent), *arguments],  # noqa: S607
+                ["git", "-C", str(package), *arguments],  # noqa: S607
                 capture_output=True, text=True, check=True, timeout=10,
             ).stdout.strip()
-            for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "src"))
+            for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "."))
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from unbackdoor.bench.artefact import finite
 from unbackdoor.bench.executors.base import Task
 from unbackdoor.bench.recording import Log, circumstances
 from unbackdoor.bench.store import Record
@@ -53,14 +54,15 @@ def recorded(
 
     Args:
         about: JSON values that say what is done.
-        measure: As in ``answered``; may give a ``status`` of its own.
+        measure: As in ``answered``; may give a ``status`` of its own. Of its numbers, those that are not
+            finite become None: JSON does not know them, and one must not cost the whole run.
         progress: Called during the work.
         device: Where networks run; None for the CPU.
     """
     log, started = Log(progress), time.perf_counter()
     where = torch.device("cpu") if device is None else device
     try:
-        result = {"status": "ok"} | measure(log)
+        result: Record = {"status": "ok", **finite(measure(log))}
     except UnbackdoorError as error:
         result = {"status": "refused", "problem": str(error)}
     except Exception as error:  # noqa: BLE001 - one question must not end a grid; the record says what broke

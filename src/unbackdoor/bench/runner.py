@@ -93,6 +93,9 @@ class Watcher:
     def left(self, tasks: Sequence[Task]) -> None:
         """Other runners hold these tasks."""
 
+    def waits(self, tasks: Sequence[Task]) -> None:
+        """Other runners hold these tasks, and this one waits for them."""
+
 
 def drive(
     tasks: Sequence[Task],
@@ -102,6 +105,7 @@ def drive(
     *,
     watcher: Watcher | None = None,
     retry: Collection[str] = (),
+    wait: float = 0.0,
 ) -> Tally:
     """Do all tasks that have no record yet.
 
@@ -112,23 +116,27 @@ def drive(
         executor: Where tasks are done.
         watcher: Is told what happens.
         retry: States of records of earlier runs whose tasks are done again, such as ``failed``.
+        wait: Seconds between looks at tasks that other runners hold, until these are done, or free since
+            their runner ended; 0 leaves them to the others.
 
     Returns:
-        How far it came: tasks that other runners hold are left to them.
+        How far it came.
     """
     run = _Run(store, list({task.key: task for task in tasks}.values()), watcher or Watcher(), retry)
     run.tally.slots = executor.slots
     run.begin()
-    outcomes = executor.run(job, run.take)
-    try:
-        for task, outcome in outcomes:
-            run.keep(task, outcome)
-    finally:
-        close = getattr(outcomes, "close", None)
-        if close is not None:
-            close()
-        run.release()
-    run.leave()
+    run.work(executor, job)
+    held = run.held()
+    while held and wait:
+        run.watcher.waits(held)
+        while held and not run.any_free(held):
+            time.sleep(wait)
+            held = run.held()
+        if held:
+            run.work(executor, job)
+            held = run.held()
+    if held:
+        run.watcher.left(held)
     return run.tally
 
 
@@ -152,6 +160,18 @@ class _Run:
         self.tally.found = len(done)
         self.tally.expect(self.waiting)
         self.watcher.began(self.tally)
+
+    def work(self, executor: Executor, job: Job) -> None:
+        """Do what nobody else holds."""
+        outcomes = executor.run(job, self.take)
+        try:
+            for task, outcome in outcomes:
+                self.keep(task, outcome)
+        finally:
+            close = getattr(outcomes, "close", None)
+            if close is not None:
+                close()
+            self.release()
 
     def take(self) -> Task | None:
         """Claim the next task that nobody has; see ``executors.base.Take``."""
@@ -187,11 +207,21 @@ class _Run:
         self.tally.end(task, str(outcome.get("status", "ok")))
         self.watcher.ended(task, outcome, self.tally)
 
-    def leave(self) -> None:
+    def held(self) -> list[Task]:
+        """Return what waits for other runners, without what they have done by now."""
         self._look()
-        held = [task for task in self.waiting if task.key not in self.answered]
-        if held:
-            self.watcher.left(held)
+        for task in [task for task in self.waiting if task.key in self.answered]:
+            self.waiting.remove(task)
+            self._found(task)
+        return list(self.waiting)
+
+    def any_free(self, tasks: Sequence[Task]) -> bool:
+        """Say whether the runner that held one of the tasks is gone."""
+        for task in tasks:
+            with self.store.claim(task.key) as mine:
+                if mine:
+                    return True
+        return False
 
     def release(self) -> None:
         for claim in self.claims.values():

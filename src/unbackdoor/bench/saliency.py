@@ -37,7 +37,7 @@ def ablations(
 
     Returns:
         JSON values: ``filters`` by layer with lists ``magnitude`` (l_2 norms), ``clc`` and ``blc`` (nats),
-        and the losses of the whole model.
+        and the losses of the whole model. What is not finite stays so: ``records.recorded`` makes it None.
     """
     filter_map = find_filters(model, as_float(images.images[:1]))
     columns = {"magnitude": magnitudes(model, filter_map)}

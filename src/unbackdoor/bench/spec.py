@@ -67,8 +67,8 @@ def check_spec(content: Mapping[str, Any], source: str) -> None:
 def jobs(content: Mapping[str, Any], data: str, out: Path) -> dict[str, Job]:
     """Return the jobs that a specification describes, by model name.
 
-    ``set`` of a model comes after that of the defaults, unless it is ``plain``. A clean twin that is there
-    already is measured beside each infected model.
+    ``set`` of a model comes after that of the defaults, unless it is ``plain``. Each infected model names its
+    clean twin, whether that is there yet or not: see ``Job.ready``.
 
     Args:
         content: From ``read_spec``.
@@ -99,6 +99,6 @@ def _job(values: Mapping[str, Any], defaults: Mapping[str, Any], data: str, out:
         device="auto",
         paper=given.get("paper", False),
         half=True,
-        twin=out.parent / twin if twin and (out.parent / twin / "card.json").exists() else None,
+        twin=out.parent / twin if twin else None,
         stem=given.get("stem", "3x3"),
     )

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import fnmatch
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.defend import cell_of
 from unbackdoor.bench.laboratory import Training
 from unbackdoor.bench.methods import METHODS, configured
 from unbackdoor.bench.spec import check_spec, jobs, read_spec
-from unbackdoor.bench.training import Job
+from unbackdoor.bench.training import CLEAN, Job
 from unbackdoor.bench.zoo import Entry, entry_at
 from unbackdoor.catalogue import find, options_of
 from unbackdoor.errors import InvalidInputError
@@ -48,6 +48,7 @@ class Grid(_Strict):
         methods: Names or patterns.
         paper: Start from the settings of each method's paper.
         options: Variants; each is what ``--set`` takes.
+        names: What each of these is called in tables; one that is empty or not there shows the options.
         scale: By method, options that are halved and doubled, one at a time, beside the defaults.
         clean_images: Clean images that a method gets.
         seeds: Instead of those of the size.
@@ -63,6 +64,7 @@ class Grid(_Strict):
     methods: tuple[str, ...]
     paper: bool = False
     options: tuple[dict[str, str], ...] = ({},)
+    names: tuple[str, ...] = ()
     scale: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     clean_images: tuple[int, ...] = (500,)
     seeds: tuple[int, ...] = ()
@@ -70,6 +72,19 @@ class Grid(_Strict):
     oracle: bool = False
     samples: int = 0
     sizes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        given = [name for name in self.names if name]
+        if self.names and len(self.names) != len(self.options):
+            raise ValueError(f"{len(self.names)} names for {len(self.options)} options")
+        if len(set(given)) != len(given):
+            raise ValueError("two variants have one name")
+        return self
+
+    def name_of(self, options: Mapping[str, str]) -> str:
+        """Return what a variant is called; empty where it has no name."""
+        return next((n for n, each in zip(self.names, self.options, strict=False) if each == options), "")
 
 
 class Size(_Strict):
@@ -180,7 +195,8 @@ class Plan:
         suite: The suite.
         size: Name of its size.
         places: Where models are.
-        jobs: How each model that is needed is trained, by name.
+        jobs: How each model that is needed is trained, by name, clean ones first; clean twins of others are
+            needed as well.
     """
 
     suite: Suite
@@ -203,11 +219,16 @@ class Plan:
         known: dict[str, Job] = {}
         for name in reversed(chosen.models):
             known |= jobs(_spec(name, places), data, places.models / name)
-        plan = Plan(suite, size, places, {})
-        needed = {model for grid in plan.grids for model in matching(grid.models, known, suite.name)}
+        needed = Plan(suite, size, places, known).asked
+        needed |= {twin for name in needed if (twin := _twin_of(known[name], known))}
         # Clean twins first: the others are measured beside them.
-        order = sorted(needed, key=lambda name: (known[name].name != "none", list(known).index(name)))
-        return Plan(suite, size, places, {name: known[name] for name in order})
+        order = sorted(needed, key=lambda name: (known[name].name != CLEAN, list(known).index(name)))
+        return Plan(suite, size, places, {name: _with_twin(known[name], places) for name in order})
+
+    @property
+    def asked(self) -> set[str]:
+        """Models that questions are about; the others are clean twins of these."""
+        return {model for grid in self.grids for model in matching(grid.models, self.jobs, self.suite.name)}
 
     @property
     def grids(self) -> list[Grid]:
@@ -215,26 +236,49 @@ class Plan:
         return [grid for grid in self.suite.grid if not grid.sizes or self.size in grid.sizes]
 
     def entries(self) -> dict[str, Entry]:
-        """Return the models that are there."""
+        """Return the models that are there.
+
+        Raises:
+            InvalidInputError: If a folder outside the zoo holds a model that was trained in another way.
+        """
         found = {}
-        for name in self.jobs:
+        for name, job in self.jobs.items():
             for home in self.places.homes(self.suite.sizes[self.size]):
                 if (home / name / "card.json").exists():
                     found[name] = entry_at(home / name)
+                    if home != self.places.zoo:
+                        _check_job(found[name], job)
                     break
         return found
 
-    def trainings(self) -> list[Training]:
-        """Return the models that have to be trained yet."""
+    def trainings(self, models: Collection[str] | None = None) -> list[Training]:
+        """Return the models that have to be trained yet, and their clean twins, clean ones first.
+
+        Args:
+            models: Only these and their twins; all that questions are about if None.
+        """
         there = self.entries()
-        return [Training(job) for name, job in self.jobs.items() if name not in there]
+        missing = {name for name in (self.asked if models is None else models) if name not in there}
+        twins = {_twin_of(self.jobs[name], self.jobs) for name in missing}
+        return [
+            Training(job)
+            for name, job in self.jobs.items()
+            if name in missing or (name in twins and name not in there)
+        ]
+
+    def models_of(self, fits: Callable[[str], bool]) -> set[str]:
+        """Return the models, there or not, with a question whose label fits."""
+        any_weights = {name: Entry(name, job.out, {"sha256": ""}) for name, job in self.jobs.items()}
+        return {cell.model for _, cell in self._questions(any_weights).values() if fits(cell.label)}
 
     def cells(self) -> dict[str, tuple[tuple[str, ...], Cell]]:
         """Return the cells of all models that are there, with their parts, by key, seed by seed.
 
         A cell that several grids ask for is one question, and belongs to the parts of all of them.
         """
-        there = self.entries()
+        return self._questions(self.entries())
+
+    def _questions(self, there: Mapping[str, Entry]) -> dict[str, tuple[tuple[str, ...], Cell]]:
         size = self.suite.sizes[self.size]
         found: dict[str, tuple[tuple[str, ...], Cell]] = {}
         for seed in dict.fromkeys([*size.seeds, *(seed for grid in self.grids for seed in grid.seeds)]):
@@ -269,7 +313,8 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """Return JSON values: what belongs to the run, and how it is shown."""
-        missing = [name for name in self.jobs if name not in self.entries()]
+        there, asked = self.entries(), self.asked
+        missing = [name for name in self.jobs if name in asked and name not in there]
         return {
             "suite": self.suite.name,
             "given": {
@@ -286,10 +331,43 @@ class Plan:
             "missing_models": missing,
             "commands": {name: job.command() for name, job in self.jobs.items()},
             "cells": {
-                key: {"parts": list(parts), "label": cell.label, "cell": cell.describe()}
+                key: {
+                    "parts": list(parts),
+                    "label": cell.label,
+                    **({"name": name} if (name := self._name_of(parts, cell)) else {}),
+                    "cell": cell.describe(),
+                }
                 for key, (parts, cell) in self.cells().items()
             },
         }
+
+    def _name_of(self, parts: Sequence[str], cell: Cell) -> str:
+        names = (grid.name_of(cell.options) for grid in self.grids if grid.part in parts)
+        return next(filter(None, names), "")
+
+
+def _twin_of(job: Job, known: Mapping[str, Job]) -> str | None:
+    """Return the name of a job's clean twin if it is among the known ones, of the same list."""
+    name = job.twin.name if job.twin else ""
+    return name if name in known and known[name].out.parent == job.out.parent else None
+
+
+def _with_twin(job: Job, places: Places) -> Job:
+    """Return a job whose twin is that of the zoo, for a model of the zoo's list, if it is there."""
+    if job.twin is None or job.out.parent.name != ZOO or not (places.zoo / job.twin.name).is_dir():
+        return job
+    return replace(job, twin=places.zoo / job.twin.name)
+
+
+def _check_job(entry: Entry, job: Job) -> None:
+    usual = {field.name: field.default for field in fields(Job)}
+    trained = entry.card.get("job") or {}
+    other = [name for name, value in job.describe().items() if trained.get(name, usual[name]) != value]
+    if other:
+        raise InvalidInputError(
+            f"{entry.folder} holds a model that was trained in another way than its list says "
+            f"({', '.join(other)}); move it away, or name another folder with --models."
+        )
 
 
 def _spec(name: str, places: Places) -> dict[str, Any]:

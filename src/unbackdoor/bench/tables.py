@@ -47,7 +47,9 @@ class Summary:
 
 
 def label_of(record: Record) -> str:
-    """Return how a record's method is called in tables."""
+    """Return how a record's method is called in tables; ``label`` where a report has put one in."""
+    if "label" in record:
+        return str(record["label"])
     cell = record["cell"]
     options = ", ".join(f"{name}={value}" for name, value in cell["options"].items())
     return (

@@ -25,6 +25,7 @@ from unbackdoor.bench.artefact import (
 )
 from unbackdoor.bench.validity import check_infected
 from unbackdoor.bench.zoo import Entry, update_card
+from unbackdoor.catalogue import dashed
 from unbackdoor.compute import device_named
 from unbackdoor.data import load_images
 from unbackdoor.data.splits import draw_balanced
@@ -64,6 +65,14 @@ class Job:
     half: bool = False
     twin: Path | None = None
     stem: str = "3x3"
+
+    def ready(self) -> Job:
+        """Return the job, without its twin where the twin's folder holds no model.
+
+        For when it starts: the twin may be trained between the planning and that.
+        """
+        there = self.twin is None or (self.twin / "card.json").exists()
+        return self if there else replace(self, twin=None)
 
     def describe(self) -> dict[str, Any]:
         """Return JSON values, without where things are and the device."""
@@ -199,8 +208,8 @@ def _twin(job: Job, data: LabelledImages) -> nn.Module | None:
         attack = read_card(job.twin).get("attack")
         if attack is not None:
             raise InvalidInputError(
-                f"{job.twin} holds a model infected by {attack}, which is no clean twin; give one trained "
-                "with `unbackdoor attack none`."
+                f"{job.twin} holds a model infected by {dashed(str(attack))}, which is no clean twin; give "
+                "one trained with `unbackdoor attack none`."
             )
     path = job.twin / "model.safetensors" if job.twin.is_dir() else job.twin
     network = _network(job, data)

@@ -21,6 +21,7 @@ from unbackdoor.bench.artefact import (
     sha256_of,
 )
 from unbackdoor.bench.validity import check_infected
+from unbackdoor.compute import check_channels
 from unbackdoor.errors import InvalidInputError, UnbackdoorError
 from unbackdoor.evaluate import clean_accuracy
 from unbackdoor.models import ARCHITECTURES
@@ -131,10 +132,17 @@ def measure(entry: Entry, test: LabelledImages, *, twin: nn.Module | None = None
 
     Returns:
         The fields ``metrics`` and, for infected models, ``validity`` of its card.
+
+    Raises:
+        InvalidInputError: If the images are not of the kind that the model was trained on.
     """
     if entry.is_clean:
-        return {"metrics": {"clean_accuracy": clean_accuracy(load_network(entry), test).describe()}}
-    validity = check_infected(load_infected(entry), test, attack=_attack(entry), twin=twin)
+        network = load_network(entry)
+        check_channels(network, test)
+        return {"metrics": {"clean_accuracy": clean_accuracy(network, test).describe()}}
+    infected = load_infected(entry)
+    check_channels(infected.model, test)
+    validity = check_infected(infected, test, attack=_attack(entry), twin=twin)
     return {"metrics": validity.metrics.describe(), "validity": validity.describe()}
 
 

@@ -14,6 +14,7 @@ from unbackdoor.cli.demo import demo
 from unbackdoor.cli.evaluate import evaluate
 from unbackdoor.cli.graph import graph
 from unbackdoor.cli.methods import methods
+from unbackdoor.cli.pipes import echo
 from unbackdoor.cli.purify import purify
 from unbackdoor.cli.report import report
 from unbackdoor.cli.scan import scan
@@ -42,7 +43,7 @@ def _version(show: bool) -> None:
     if show:
         from unbackdoor import __version__
 
-        typer.echo(f"unbackdoor {__version__}")
+        echo(f"unbackdoor {__version__}")
         raise typer.Exit
 
 
@@ -60,18 +61,20 @@ def main() -> None:
     try:
         app()
     except UnbackdoorError as error:
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         sys.exit(EXIT_ERROR)
     except SystemExit as leaving:
         # Typer turns Ctrl-C into this exit code without a word.
         if leaving.code == EXIT_INTERRUPTED:
-            typer.echo("interrupted", err=True)
+            echo("interrupted", err=True)
+        # Typer turns a pipe that broke into 1, which means backdoored, and there is no verdict.
+        if isinstance(leaving.__context__, BrokenPipeError):
+            sys.exit(EXIT_ERROR)
         raise
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
+        echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except Exception:  # noqa: BLE001 - the last resort of the process
         # A bug of ours: its traceback is wanted, but never the exit code 1, which means backdoored.
-        traceback.print_exc()
-        typer.echo("internal error: please report the lines above", err=True)
+        echo(traceback.format_exc() + "internal error: please report the lines above", err=True)
         sys.exit(EXIT_INTERNAL)

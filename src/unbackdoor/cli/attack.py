@@ -40,14 +40,15 @@ def attack(
     ),
     half: bool = typer.Option(False, "--half", help="Store the weights in float16."),
     allow_invalid: bool = typer.Option(
-        False, "--allow-invalid", help="Leave with 0 even if the model is no valid infected model."
+        False, "--allow-invalid", help="Leave with 0 even if the model is of no use."
     ),
     as_json: o.AsJson = False,
 ) -> None:
     """Train a model with a backdoor (or without), measure it, and say whether the attack took.
 
     The exit code is 0 for a valid infected model and 1 for one whose attack failed (it is kept, with the
-    reasons in its card). Killed and started again with the same options, the training goes on where it was.
+    reasons in its card), or a clean twin that only guesses. Killed and started again with the same options,
+    the training goes on where it was.
     """
     import json
 
@@ -77,7 +78,7 @@ def attack(
     with console.progress_bar(hidden=as_json) as progress:
         card = training.run(job, progress)
     if as_json:
-        console.print_json(json.dumps(card))
+        console.print_text(json.dumps(card))
     else:
         show.card(card, out)
     problems = show.doubts(card)

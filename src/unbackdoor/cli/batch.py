@@ -40,6 +40,9 @@ OUT = Path("runs") / "scan"
 
 RECORDS = "scans.jsonl"
 
+FEW = 3
+"""Files named in front of a warning; the others are counted."""
+
 RETRY = ("failed", "refused")
 """Records without a verdict: their files are tried again by the next run."""
 
@@ -139,6 +142,7 @@ class FileScanner:
             "target_name": document.target_name,
             "p_value": None if document.confidence is None else document.confidence.p_value,
             "document": f"{base.name}.json",
+            "warnings": list(document.warnings),
         }
 
     def _options(self) -> str:
@@ -186,15 +190,20 @@ def scan_files(
 def say(found: Sequence[tuple[FileScan, Mapping[str, Any]]], out: Path, *, as_json: bool) -> None:
     """Print what came of each file."""
     if as_json:
-        console.print_json(_json(found))
+        console.print_text(_json(found))
         return
+    for warning in warnings_of(found):
+        console.warn(warning)
     for task, record in found:
         console.results.print(line_of(task, record), markup=False)
     console.note(f"documents: {out}")
 
 
 def _json(found: Sequence[tuple[FileScan, Mapping[str, Any]]]) -> str:
-    names = ("status", "problem", "verdict", "target_class", "target_name", "p_value", "reason", "document")
+    names = (
+        *("status", "problem", "verdict", "target_class", "target_name", "p_value", "reason", "warnings"),
+        "document",
+    )
     return json.dumps(
         [
             {"file": str(task.path), "sha256": task.sha256}
@@ -205,12 +214,27 @@ def _json(found: Sequence[tuple[FileScan, Mapping[str, Any]]]) -> str:
     )
 
 
+def warnings_of(found: Sequence[tuple[FileScan, Mapping[str, Any]]]) -> list[str]:
+    """Return each warning once, with the files that it is about unless it is about all that were scanned."""
+    scanned = [(task, record) for task, record in found if "verdict" in record]
+    about: dict[str, list[str]] = {}
+    for task, record in scanned:
+        for warning in record.get("warnings", ()):
+            about.setdefault(warning, []).append(task.label)
+    lines = []
+    for warning, labels in about.items():
+        more = f" and {len(labels) - FEW} more" if len(labels) > FEW else ""
+        whose = "" if len(labels) == len(scanned) else f"{', '.join(labels[:FEW])}{more}: "
+        lines.append(f"{whose}{warning}")
+    return lines
+
+
 def line_of(task: FileScan, record: Mapping[str, Any]) -> str:
     """Return one line on a file."""
     if "verdict" not in record:
         return f"{task.label}: {record['status']}: {' '.join(str(record['problem']).split())}"
     target = record["target_class"]
-    about = "" if target is None else f", suspected target class {target} ({record['target_name']})"
+    about = "" if target is None else f", suspected target {doc.class_words(target, record['target_name'])}"
     chance = "" if record["p_value"] is None else f", p = {record['p_value']:.3f}"
     why = f": {record['reason']}" if record["verdict"] == "inconclusive" else ""
     return f"{task.label}: {record['verdict']}{about}{chance}{why}"

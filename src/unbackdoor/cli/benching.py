@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -17,6 +20,7 @@ from unbackdoor.bench.laboratory import Laboratory
 from unbackdoor.bench.runner import Tally, drive
 from unbackdoor.bench.store import Store
 from unbackdoor.bench.suite import Plan, Suite, read_suite, suite_names
+from unbackdoor.bench.training import CLEAN
 from unbackdoor.cli import console
 from unbackdoor.cli.display import Display
 from unbackdoor.data import load_images
@@ -26,6 +30,13 @@ from unbackdoor.report.run import PLAN, RECORDS
 
 STATES = ("ok", "refused", "failed")
 """Of records of trainings: a model that is not there is trained whatever its record says."""
+
+
+SHOWN = 500
+"""Images of each split that tell one data set from another."""
+
+WAIT = 2.0
+"""Seconds between looks at models that another runner trains."""
 
 
 def data_of(suite: Suite) -> str:
@@ -39,7 +50,7 @@ def list_suites() -> None:
     for name in suite_names():
         suite = read_suite(name)
         table.add_row(name, ", ".join(suite.sizes), suite.title)
-    console.print_table(table)
+    console.print_table(table, whole=True)
 
 
 def show_plan(plan: Plan) -> None:
@@ -72,27 +83,34 @@ def carry_out(
     """Do a run; return whether every question has an answer that is no failure.
 
     Raises:
-        InvalidInputError: If data are missing, or an option makes no sense.
+        InvalidInputError: If data are missing, an option makes no sense, or the folder holds another run.
     """
-    data = _checked_data(plan.suite, data)
+    data, fingerprint = _checked_data(plan.suite, data)
     place = executor_named(
         executor, jobs=jobs, address=address, resources=pairs(resources), folder=folder / "slurm"
     )
     store = Store(folder / RECORDS)
     homes = plan.places.homes(plan.suite.sizes[plan.size])
     laboratory = Laboratory(data, homes, device)
-    _keep_plan(plan, folder)
-    if train and plan.trainings():
-        _drive(plan.trainings(), laboratory, store, place, title="models", retry=STATES)
-        _keep_plan(plan, folder)
-    cells = [cell for _, cell in plan.cells().values() if not only or _fits(cell.label, only)]
-    if only and not cells:
+    models = plan.models_of(lambda label: _fits(label, only)) if only else plan.asked
+    if only and not models:
         raise InvalidInputError(
             f"no question fits {' or '.join(map(repr, only))}; labels read like "
             f"{next((c.label for _, c in plan.cells().values()), 'badnets mnp seed 0')!r}."
         )
+    _keep_plan(plan, folder, fingerprint)
+    if train and (trainings := plan.trainings(models)):
+        # In two goes, so that the clean twins are there when the others are measured beside them.
+        clean = [training for training in trainings if training.job.name == CLEAN]
+        infected = [training for training in trainings if training.job.name != CLEAN]
+        for title, part in (("clean models", clean), ("infected models", infected)):
+            if part:
+                _drive(part, laboratory, store, place, title=title, retry=STATES, wait=WAIT)
+        _keep_plan(plan, folder, fingerprint)
+    cells = [cell for _, cell in plan.cells().values() if not only or _fits(cell.label, only)]
     tally = _drive(cells, laboratory, store, place, title="questions", retry=("failed",) if retry else ())
-    absent = [training.job.out.name for training in plan.trainings()]
+    there = plan.entries()
+    absent = [name for name in plan.jobs if name in models and name not in there]
     if absent:
         console.warn(f"no questions were asked about models that are not there: {', '.join(absent)}")
     records = store.records()
@@ -103,14 +121,18 @@ def carry_out(
     return tally.ended == len(cells) and not failed and not absent
 
 
-def _checked_data(suite: Suite, data: str) -> str:
-    """Return where the data are, found to be readable."""
+def _checked_data(suite: Suite, data: str) -> tuple[str, str]:
+    """Return where the data are, found to be readable, and a hash that tells them from other data."""
     if not data and suite.data != DIGITS:
         raise InvalidInputError(f"suite {suite.name} needs --data, the folder of {suite.data}.")
     data = data or DIGITS
+    digest = hashlib.sha256()
     for split in ("train", "test"):
-        load_images(data, split=split, limit=1)
-    return data
+        some = load_images(data, split=split, limit=SHOWN)
+        for tensor in (some.labels, some.images):
+            digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return data, digest.hexdigest()
 
 
 def pairs(resources: Sequence[str]) -> dict[str, str]:
@@ -132,16 +154,37 @@ def _fits(label: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(label, pattern) for pattern in patterns)
 
 
-def _keep_plan(plan: Plan, folder: Path) -> None:
+def _keep_plan(plan: Plan, folder: Path, fingerprint: str) -> None:
+    content = {**plan.describe(), "data_sha256": fingerprint}
+    _check_same_run(content, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{PLAN}.tmp"
-        temporary.write_text(json.dumps(plan.describe(), indent=1) + "\n", encoding="utf-8")
+        # Several runners may share the folder.
+        temporary = folder / f"{PLAN}.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         temporary.replace(folder / PLAN)
     except OSError as error:
         raise InvalidInputError(
             f"cannot write into {folder}: {error.strerror}; choose another --out."
         ) from error
+
+
+def _check_same_run(content: dict[str, Any], folder: Path) -> None:
+    """Refuse a folder with the plan of another suite or size, or with answers on other data."""
+    try:
+        kept = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        names = [(each["suite"], each["size"]) for each in (kept, content)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # nothing that could be lost
+    if names[0] != names[1]:
+        raise InvalidInputError(
+            f"{folder} holds a run of {' in size '.join(map(str, names[0]))}, not of "
+            f"{' in size '.join(names[1])}; choose another --out."
+        )
+    if kept.get("data_sha256", content["data_sha256"]) != content["data_sha256"]:
+        raise InvalidInputError(
+            f"{folder} holds answers on other data than those of --data; choose another --out."
+        )
 
 
 def _drive(
@@ -152,10 +195,11 @@ def _drive(
     *,
     title: str,
     retry: Sequence[str],
+    wait: float = 0.0,
 ) -> Tally:
     display: Display | AbstractContextManager[Display] = Display(title, _line)
     with display as watcher:
-        return drive(tasks, laboratory, store, place, watcher=watcher, retry=retry)
+        return drive(tasks, laboratory, store, place, watcher=watcher, retry=retry, wait=wait)
 
 
 def _line(task: Task, record: Record) -> str:

@@ -37,7 +37,7 @@ def calibrate(
         None, help="Also score with this detector, for `unbackdoor scan --detector`; repeatable."
     ),
     description: str | None = typer.Option(None, help="Which models these are, in words, for reports."),
-    settings: o.Settings = None,
+    settings: o.ScanSettings = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     force: bool = typer.Option(False, "--force", help="Begin anew where the file holds something else."),
@@ -49,6 +49,7 @@ def calibrate(
     """
     from unbackdoor.cli import calibrating, console, inputs, show
     from unbackdoor.cli import surrogates as surrogates_of
+    from unbackdoor.cli.scanning import FLAGS
     from unbackdoor.compute import device_named
     from unbackdoor.detect.scan import Scan
     from unbackdoor.errors import InvalidInputError
@@ -57,7 +58,7 @@ def calibrate(
     if bool(models) == bool(surrogates):
         raise InvalidInputError("give either clean models, or a number of --surrogates to train.")
     show.check_folder(out)
-    scan = configure(Scan(others=tuple(detector or ())), settings or [])
+    scan = configure(Scan(others=tuple(detector or ())), settings or [], unlisted=FLAGS)
     data = inputs.read_data(inputs.DataOptions(clean, split, clean_count, image_size, class_names))
     pool, entries = data, list[calibrating.CleanModel]()
     if surrogates:

@@ -11,6 +11,7 @@ from torch import nn
 
 from unbackdoor import rng
 from unbackdoor.bench.artefact import read_card
+from unbackdoor.catalogue import dashed
 from unbackdoor.cli.inputs import ModelOptions, open_model
 from unbackdoor.compute import check_fits
 from unbackdoor.data.splits import draw_balanced
@@ -160,7 +161,8 @@ def model_files(paths: Iterable[Path]) -> list[Path]:
         attack = read_card(file.parent).get("attack") if card.exists() else None
         if attack is not None:
             raise InvalidInputError(
-                f"{file} is infected by {attack}, as its card says; a calibration needs clean models alone."
+                f"{file} is infected by {dashed(str(attack))}, as its card says; a calibration needs clean "
+                "models alone."
             )
     return list(dict.fromkeys(files))
 

@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from unbackdoor.cli.pipes import echo, silence
 from unbackdoor.types import Progress as ProgressCall
 from unbackdoor.types import silent
 
-notes = Console(stderr=True, highlight=False, soft_wrap=True)
-results = Console(highlight=False, soft_wrap=True)
+
+class Patient(Console):
+    """A console that goes on in silence when its reader leaves: rich would leave with 1, "backdoored"."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from now on."""
+        self.quiet = True
+        silence(self.file)
+
+
+notes = Patient(stderr=True, highlight=False, soft_wrap=True)
+results = Patient(highlight=False, soft_wrap=True)
+
+UNBOUNDED = 100_000
+"""Characters a line where there is no terminal, whose width would cut nothing off."""
 
 
 def note(text: str) -> None:
@@ -51,11 +64,19 @@ def progress_bar(*, hidden: bool) -> Iterator[ProgressCall]:
         yield show
 
 
-def print_table(table: Table) -> None:
-    """Print a table with its cells whole: names that are cut off cannot be typed again."""
-    Console(highlight=False, width=max(results.width, 240)).print(table)
+def print_table(table: Table, *, whole: bool = False) -> None:
+    """Print a table: wrapped in a terminal, but for its first column, and not wrapped elsewhere.
+
+    Args:
+        table: Its first column holds names, which cannot be typed again if they are cut off.
+        whole: Do not wrap in a terminal either.
+    """
+    for column in table.columns[:1]:
+        column.no_wrap, column.overflow = True, "fold"
+    width = results.width if results.is_terminal else UNBOUNDED
+    Patient(highlight=False, width=max(width, 240) if whole else width).print(table)
 
 
-def print_json(text: str) -> None:
-    """Print a JSON document as it is."""
-    typer.echo(text)
+def print_text(text: str) -> None:
+    """Print a JSON document, or another text, as it is."""
+    echo(text)

@@ -58,8 +58,11 @@ class Display(Watcher):
 
     def left(self, tasks: Sequence[Task]) -> None:
         """Say what is left to others."""
-        names = ", ".join(task.label for task in tasks[:3]) + (", ..." if len(tasks) > 3 else "")
-        console.warn(f"{len(tasks)} {self.title} are being worked on by another runner: {names}")
+        console.warn(f"{len(tasks)} {self.title} are being worked on by another runner: {_names(tasks)}")
+
+    def waits(self, tasks: Sequence[Task]) -> None:
+        """Say what is waited for."""
+        console.note(f"waiting for {len(tasks)} {self.title} of another runner: {_names(tasks)}")
 
     def _drawn(self) -> Group:
         tally = self.tally
@@ -86,6 +89,10 @@ def summary(tally: Tally) -> str:
         end = time.strftime("%H:%M", time.localtime(time.time() + left))
         parts.append(f"{_time(left)} left, until about {end}")
     return ", ".join(parts)
+
+
+def _names(tasks: Sequence[Task]) -> str:
+    return ", ".join(task.label for task in tasks[:3]) + (", ..." if len(tasks) > 3 else "")
 
 
 def _time(seconds: float) -> str:

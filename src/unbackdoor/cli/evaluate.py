@@ -41,6 +41,7 @@ def evaluate(
     from unbackdoor.bench.artefact import label_rule_of, read_card
     from unbackdoor.cli import console, inputs, show
     from unbackdoor.cli.work import evaluate_document
+    from unbackdoor.compute import check_channels
     from unbackdoor.data import check_against_model, draw_balanced
     from unbackdoor.errors import InvalidInputError
     from unbackdoor.triggers import load_trigger
@@ -60,7 +61,7 @@ def evaluate(
     source = inputs.DataOptions(data, split, count, image_size, class_names)
     test = inputs.read_data(source)
     check_against_model(test, loaded.num_classes)
-    inputs.check_channels(loaded, test)
+    check_channels(loaded.model, test)
     if count:
         test = draw_balanced(test, count, rng.generator(seed))
     with console.progress_bar(hidden=as_json) as progress:

@@ -42,7 +42,7 @@ def attack(
     with console.progress_bar(hidden=as_json) as progress:
         card = graphwork.attack(name, data, out, settings or [], paper=paper, seed=seed, progress=progress)
     if as_json:
-        console.print_json(json.dumps(card))
+        console.print_text(json.dumps(card))
     else:
         show.card(card, out)
 
@@ -51,6 +51,7 @@ def attack(
 def scan(
     graph: str = GraphPath,
     settings: o.Settings = None,
+    paper: bool = typer.Option(False, "--paper", help="Start from the settings of the method's paper."),
     seed: o.Seed = 0,
     as_json: o.AsJson = False,
     report: o.ReportPath = None,
@@ -63,7 +64,7 @@ def scan(
 
     show.check_folder(report, Path(graph))
     with console.progress_bar(hidden=as_json) as progress:
-        document = graphwork.scan(graph, settings or [], seed=seed, progress=progress)
+        document = graphwork.scan(graph, settings or [], paper=paper, seed=seed, progress=progress)
     show.finish(document, as_json=as_json, report=report)
     raise typer.Exit(EXIT_CODES[document.verdict])
 
@@ -77,6 +78,7 @@ def purify(
         0.2, min=0.0, max=0.9, help="Share of the labels kept back, to measure accuracy on."
     ),
     settings: o.Settings = None,
+    paper: bool = typer.Option(False, "--paper", help="Start from the settings of the method's paper."),
     seed: o.Seed = 0,
     force: bool = typer.Option(False, "--force", help="Overwrite an existing output file."),
     as_json: o.AsJson = False,
@@ -89,7 +91,7 @@ def purify(
     show.check_folder(report, Path(graph), out)
     with console.progress_bar(hidden=as_json) as progress:
         document = graphwork.purify(
-            graph, out, method, settings or [], hold_out=hold_out, seed=seed, progress=progress
+            graph, out, method, settings or [], paper=paper, hold_out=hold_out, seed=seed, progress=progress
         )
     show.finish(document, as_json=as_json, report=report)
 

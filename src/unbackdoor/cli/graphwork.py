@@ -135,9 +135,11 @@ def _poisoned(staged: Staged, out: Path) -> dict[str, Any]:
     }
 
 
-def scan(source: str, settings: Sequence[str], *, seed: int, progress: Progress) -> doc.ScanDocument:
+def scan(
+    source: str, settings: Sequence[str], *, paper: bool, seed: int, progress: Progress
+) -> doc.ScanDocument:
     """Scan a training graph and describe the result."""
-    method = configure(RIGBD(), settings)
+    method = configure(RIGBD.paper() if paper else RIGBD(), settings)
     graph, started = open_graph(source, rng.generator(seed)), time.perf_counter()
     found = method.score(graph, generator=rng.generator(seed), progress=progress)
     seconds = time.perf_counter() - started
@@ -207,12 +209,13 @@ def purify(
     name: str,
     settings: Sequence[str],
     *,
+    paper: bool,
     hold_out: float,
     seed: int,
     progress: Progress,
 ) -> doc.PurifyDocument:
     """Train a network on a suspect graph, write it, and describe what was done and what it cost."""
-    method = configure(configured("graph purifier", PURIFIERS, name, paper=False), settings)
+    method = configure(configured("graph purifier", PURIFIERS, name, paper=paper), settings)
     generator = rng.generator(seed)
     graph = open_graph(source, rng.generator(seed))
     seen, kept = _kept_back(graph, hold_out, rng.spawn(generator))

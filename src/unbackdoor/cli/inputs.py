@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from unbackdoor import rng
-from unbackdoor.compute import device_named
+from unbackdoor.compute import check_channels, device_named
 from unbackdoor.data import check_against_model, clean_draw, load_images
 from unbackdoor.data.splits import balanced_order, split
 from unbackdoor.errors import InvalidInputError
@@ -125,7 +125,7 @@ def drawn_clean(
     learning = held_out = drawn.data
     if hold_out:
         learning, held_out = _held_out(everything, options.count, generator, seed)
-    check_channels(loaded, learning)
+    check_channels(loaded.model, learning)
     counts = torch.bincount(learning.labels, minlength=loaded.num_classes)
     info = describe_data(learning, options, smallest=int(counts.min()))
     return CleanData(learning, held_out, info, (*drawn.warnings, *warnings))
@@ -142,21 +142,6 @@ def describe_data(data: LabelledImages, options: DataOptions, *, smallest: int) 
         smallest_class=smallest,
         class_names=list(data.class_names),
     )
-
-
-def check_channels(loaded: LoadedModel, data: LabelledImages) -> None:
-    """Fail early, and in words, if the network cannot take such images.
-
-    Raises:
-        InvalidInputError: If the first layer wants another number of channels.
-    """
-    first = next((p for p in loaded.model.parameters() if p.ndim == 4), None)
-    channels = data.images.shape[1]
-    if first is not None and first.shape[1] > 1 and first.shape[1] != channels:
-        raise InvalidInputError(
-            f"the images have {channels} channel(s), the model's first convolution takes {first.shape[1]}; "
-            "give images of the kind that the model was trained on."
-        )
 
 
 def _held_out(

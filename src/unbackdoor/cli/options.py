@@ -89,3 +89,10 @@ Settings = Annotated[
         help="Set an option of the method, NAME=VALUE; `unbackdoor methods NAME` lists them; repeatable.",
     ),
 ]
+ScanSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Set an option of the scan, NAME=VALUE; `unbackdoor methods scan` lists them; repeatable.",
+    ),
+]

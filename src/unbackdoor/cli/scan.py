@@ -40,7 +40,7 @@ def scan(
         None,
         help="Also run this model detector (`unbackdoor methods`); shown, it does not decide. Repeatable.",
     ),
-    settings: o.Settings = None,
+    settings: o.ScanSettings = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     as_json: o.AsJson = False,
@@ -60,8 +60,7 @@ def scan(
     1 before 2 before 3 before 0.
     """
     from unbackdoor.bench.executors import executor_named
-    from unbackdoor.cli import batch, benching, console, inputs, show
-    from unbackdoor.cli.scanning import scan_document
+    from unbackdoor.cli import batch, benching, console, inputs, scanning, show
     from unbackdoor.detect.calibration import read_calibration
     from unbackdoor.detect.scan import Scan
     from unbackdoor.errors import InvalidInputError
@@ -77,6 +76,7 @@ def scan(
             others=tuple(detector or ()),
         ),
         settings or [],
+        unlisted=scanning.FLAGS,
     )
     how = inputs.ModelOptions(model[0], arch, num_classes, width, mean, std, normalize, device)
     images = inputs.DataOptions(clean, split, clean_count, image_size, class_names)
@@ -98,8 +98,11 @@ def scan(
     loaded = inputs.open_model(how)
     show.announce(loaded)
     data = inputs.open_clean(images, loaded, seed=seed, hold_out=False)
+    foreseen = method.foreseen(loaded.model, data.learning)
+    for warning in foreseen:
+        console.warn(warning)
     with console.progress_bar(hidden=as_json) as progress:
-        document = scan_document(
+        document = scanning.scan_document(
             loaded.model,
             data.learning,
             scan=method,
@@ -111,5 +114,5 @@ def scan(
         )
     if sarif is not None:
         show.write_sarif(document, sarif, quiet=as_json)
-    show.finish(document, as_json=as_json, report=report)
+    show.finish(document, as_json=as_json, report=report, said=foreseen)
     raise typer.Exit(EXIT_CODES[document.verdict])

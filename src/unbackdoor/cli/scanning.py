@@ -12,7 +12,7 @@ from unbackdoor import rng
 from unbackdoor.cli.work import plain, png, rate, sentence
 from unbackdoor.detect.evidence import Evidence, finding
 from unbackdoor.detect.exposure import Exposure
-from unbackdoor.detect.scan import Scan
+from unbackdoor.detect.scan import Scan, ScanResult
 from unbackdoor.detect.trigger_search import RecoveredTrigger
 from unbackdoor.detect.verdict import limits_of
 from unbackdoor.errors import MissingDependencyError
@@ -31,6 +31,15 @@ CLOSE = (
     "stays close to the threshold, get it from another source or compare it with more clean models."
 )
 """The advice where nothing is there to mend."""
+
+FLAGS = ("fast", "calibration", "others")
+"""Options of a scan that the commands have flags of their own for."""
+
+UNCOMPARED = (
+    "Do not rely on this model yet. Score clean models of this kind with `unbackdoor calibrate` and scan "
+    "again with `--calibration`."
+)
+"""The advice where nothing is missing but clean models to compare with."""
 
 
 def scan_document(
@@ -55,7 +64,7 @@ def scan_document(
         clean_accuracy=rate(result.plausibility.accuracy),
         verdict=result.verdict,
         reason=sentence(result.reason),
-        advice=CLOSE if result.ground == "close" else ADVICE[result.verdict],
+        advice=advice_on(result),
         target_class=target,
         target_name=None if target is None else clean.name_of(target),
         confidence=None if result.confidence is None else doc.Confidence(**asdict(result.confidence)),
@@ -68,6 +77,16 @@ def scan_document(
         settings={"scan": plain(asdict(scan)), "seed": seed},
         limits=limits_of(images=len(clean), fast=scan.fast),
     )
+
+
+def advice_on(result: ScanResult) -> str:
+    """Say what to do next."""
+    if result.ground == "close":
+        return CLOSE
+    deciding = [each.detection for each in result.evidence if each.decides]
+    told = not any(each.undetermined for each in deciding)
+    uncompared = told and any(each.p_value is None for each in deciding)
+    return UNCOMPARED if result.verdict == "inconclusive" and uncompared else ADVICE[result.verdict]
 
 
 def _detector_row(evidence: Evidence, clean: LabelledImages) -> doc.DetectorRow:

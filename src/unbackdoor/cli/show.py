@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from unbackdoor.catalogue import dashed
 from unbackdoor.cli import console
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.report import documents as doc
@@ -38,12 +39,15 @@ def check_output(out: Path, model: Path, *, force: bool) -> None:
     """Fail before the work if the result could not be written, or would destroy something.
 
     Raises:
-        InvalidInputError: If ``out`` is the input, exists, or has no folder.
+        InvalidInputError: If ``out`` is the input, exists, has no folder, or does not end in
+            .safetensors, which is what is written.
     """
     if out.exists() and out.resolve() == model.resolve():
         raise InvalidInputError(f"{out} is the input model; give another file with --out.")
     if out.is_dir() or not out.parent.is_dir():
         raise InvalidInputError(f"cannot write {out}: its folder does not exist, or it is a folder itself.")
+    if out.suffix != ".safetensors":
+        raise InvalidInputError(f"--out must end in .safetensors, got {out}.")
     if out.exists() and not force:
         raise InvalidInputError(f"{out} exists already; choose another name or add --force.")
 
@@ -62,19 +66,27 @@ def check_folder(out: Path | None, *inputs: Path | None) -> None:
         raise InvalidInputError(f"{out} is an input of this command; give another file to write to.")
 
 
-def finish(document: doc.Document, *, as_json: bool, report: Path | None) -> None:
-    """Print a result, and write its page if asked for: the page may fail, the result is not lost then."""
-    _tell(document, as_json=as_json)
+def finish(document: doc.Document, *, as_json: bool, report: Path | None, said: Collection[str] = ()) -> None:
+    """Print a result, and write its page if asked for: the page may fail, the result is not lost then.
+
+    Args:
+        document: The result.
+        as_json: Print the document, not words.
+        report: Where the page goes, if anywhere.
+        said: Warnings that were printed before the work, and are not repeated.
+    """
+    _tell(document, as_json=as_json, said=said)
     if report is not None:
         write_page([document], report, title="Backdoor report", quiet=as_json)
 
 
-def _tell(document: doc.Document, *, as_json: bool) -> None:
+def _tell(document: doc.Document, *, as_json: bool, said: Collection[str]) -> None:
     if as_json:
-        console.print_json(document.model_dump_json(indent=1))
+        console.print_text(document.model_dump_json(indent=1))
         return
     for warning in getattr(document, "warnings", ()):
-        console.warn(warning)
+        if warning not in said:
+            console.warn(warning)
     if isinstance(document, doc.ScanDocument):
         _scan(document)
     elif isinstance(document, doc.PurifyDocument):
@@ -113,23 +125,23 @@ def write_sarif(document: doc.ScanDocument, out: Path, *, quiet: bool = False) -
 def calibration(found: CalibrationSet, out: Path, *, as_json: bool) -> None:
     """Print what a calibration holds and allows."""
     if as_json:
-        console.print_json(found.text())
+        console.print_text(found.text())
         return
     table = Table("detector", "models", "abstained", "median", "largest", box=None, pad_edge=False)
     for name in found.options:
         scored = [row[name] for row in found.rows([name])]
         scores = sorted(score for score in scored if score > -math.inf)
         if not scores:
-            table.add_row(name, "0", str(len(scored)), "-", "-")
+            table.add_row(dashed(name), "0", str(len(scored)), "-", "-")
             continue
         table.add_row(
-            name,
+            dashed(name),
             str(len(scores)),
             str(len(scored) - len(scores)),
             f"{statistics.median(scores):.3f}",
             f"{scores[-1]:.3f}",
         )
-    console.results.print(table)
+    console.print_table(table)
     count = len(found.models)
     console.results.print(
         f"{count} clean models of one kind: {found.kind.words()}. The smallest false-positive rate that they "
@@ -157,7 +169,7 @@ def claims(values: Mapping[str, Any]) -> None:
     ):
         if rate:
             metrics[name] = doc.Rate.model_validate(rate)
-    console.results.print(_rates(metrics))
+    console.print_table(_rates(metrics))
     if "stealth" in validity:
         console.results.print(stealth(validity["stealth"]), markup=False)
     for against, key in (
@@ -174,14 +186,28 @@ def claims(values: Mapping[str, Any]) -> None:
 
 
 def doubts(values: Mapping[str, Any]) -> list[str]:
-    """Warn of what makes the infected model of a card invalid, or was not checked; return the former."""
+    """Warn of what makes the model of a card useless, or was not checked; return the former."""
     validity = values.get("validity", {})
     problems: list[str] = validity.get("problems", [])
     for problem in problems:
         console.warn(f"not a valid infected model: {problem}")
+    if values.get("attack") is None and (guess := _guessing(values)):
+        console.warn(f"of no use as a clean twin: {guess}")
+        problems = [*problems, guess]
     if validity.get("unchecked"):
         console.warn(f"not checked: {', '.join(validity['unchecked'])}; give a clean model with --twin.")
     return problems
+
+
+def _guessing(values: Mapping[str, Any]) -> str:
+    """Say so if a clean model is no better than chance; older cards do not tell."""
+    accuracy, classes = values["metrics"]["clean_accuracy"], values.get("num_classes")
+    if not classes or accuracy["low"] > 1 / classes:
+        return ""
+    return (
+        f"the clean accuracy is {accuracy['value']:.1%}, no better than guessing among {classes} classes; "
+        "train for more epochs or on more images."
+    )
 
 
 def stealth(values: Mapping[str, Any]) -> str:
@@ -194,6 +220,7 @@ def stealth(values: Mapping[str, Any]) -> str:
 
 
 _HOW = {
+    "scan": "unbackdoor scan MODEL --arch ARCH --clean IMAGES --set ...",
     "attack": "unbackdoor attack NAME --data DATA --out FOLDER --set ...",
     "purifier": "unbackdoor purify MODEL --arch ARCH --clean IMAGES --out FILE --method NAME --set ...",
     "model detector": "unbackdoor scan MODEL --arch ARCH --clean IMAGES; all: from Python, score(...)",
@@ -214,7 +241,7 @@ def method_list(entries: Sequence[Entry]) -> None:
         for row in rows:
             table.add_row(row.name, row.title, row.source, row.needs)
         console.results.print(f"{kind}s: {how}", style="bold", markup=False)
-        console.results.print(table)
+        console.print_table(table)
         console.results.print()
     console.results.print("unbackdoor methods NAME shows the options of a method.", markup=False)
 
@@ -224,13 +251,10 @@ def method(entry: Entry, description: str, options: Sequence[Option]) -> None:
     out = console.results
     out.print(f"{entry.name} ({entry.kind}): {entry.title}", style="bold", markup=False)
     out.print(f"source: {entry.source}\nneeds: {entry.needs}\n\n{description}\n", markup=False)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("option", no_wrap=True, overflow="fold")
-    for title in ("default", "type", "meaning"):
-        table.add_column(title)
+    table = Table("option", "default", "type", "meaning", box=None, pad_edge=False)
     for option in options:
         table.add_row(option.path, option.default, escape(option.kind), escape(option.text))
-    out.print(table)
+    console.print_table(table)
 
 
 def percent(value: doc.Rate) -> str:
@@ -244,7 +268,7 @@ def _scan(document: doc.ScanDocument) -> None:
     out = console.results
     headline = _HEADLINES[document.verdict]
     if document.target_class is not None:
-        headline += f", suspected target class {document.target_class} ({document.target_name})"
+        headline += f", suspected target {doc.class_words(document.target_class, document.target_name)}"
     out.print(headline, style=_STYLES[document.verdict], markup=False)
     out.print(document.reason, markup=False)
     out.print(
@@ -257,7 +281,7 @@ def _scan(document: doc.ScanDocument) -> None:
         table = Table(*columns, box=None, pad_edge=False)
         for row in document.detectors:
             table.add_row(
-                escape(row.name.replace("_", "-")),
+                escape(dashed(row.name)),
                 escape(row.kind),
                 "-" if row.score is None else f"{row.score:.3f}",
                 "-" if row.threshold is None else f"{row.threshold:.3f}",
@@ -266,7 +290,7 @@ def _scan(document: doc.ScanDocument) -> None:
                 "-" if row.target_class is None else str(row.target_class),
                 f"{row.seconds:.0f}",
             )
-        out.print(table)
+        console.print_table(table)
         for row in document.detectors:
             out.print(f"- {row.summary}", markup=False)
     if document.trigger is not None:
@@ -275,14 +299,18 @@ def _scan(document: doc.ScanDocument) -> None:
         out.print(f"- compared with {document.confidence.description}", markup=False)
         out.print(f"- {document.confidence.guarantee}", markup=False)
     out.print(document.advice, markup=False)
+    # The advice on a clean model points here; for the others these stand in the report.
+    if document.verdict == "clean":
+        for limit in document.limits:
+            out.print(f"- {limit}", markup=False)
 
 
 def recovered(trigger: doc.RecoveredTrigger) -> str:
     """Return what is known of a recovered trigger, in a line."""
     return (
         f"recovered trigger: {trigger.l1_pixels:.1f} pixels, {trigger.image_fraction:.1%} of the image, "
-        f"sends {percent(trigger.success)} of {trigger.success.n} held-out clean images to class "
-        f"{trigger.target_class} ({trigger.target_name})"
+        f"sends {percent(trigger.success)} of {trigger.success.n} held-out clean images to "
+        f"{doc.class_words(trigger.target_class, trigger.target_name)}"
     )
 
 
@@ -299,7 +327,7 @@ def _purify(document: doc.PurifyDocument) -> None:
             numbers = ", ".join(str(f.filter) for f in document.removed if f.layer == layer.name)
             table.add_row(layer.name, f"{layer.removed} of {layer.filters}", numbers)
     if table.row_count:
-        out.print(table)
+        console.print_table(table)
     out.print(
         f"clean accuracy on {document.clean_accuracy_before.n} {document.data.unit} that the method did not "
         "see: "
@@ -308,16 +336,27 @@ def _purify(document: doc.PurifyDocument) -> None:
     )
     for item in document.untreated:
         console.note(f"not treated: {item.layer}: {item.reason}")
-    if document.data.unit == "images":
+    if document.unchanged:
+        out.print(_retry(document), markup=False)
+    elif document.data.unit == "images":
         out.print(
             "Scan the new file to see what evidence is left; traces can remain after the trigger is dead.",
             markup=False,
         )
 
 
+def _retry(document: doc.PurifyDocument) -> str:
+    """Say what a purification that left everything as it was means, and what else may be tried."""
+    same = "the new file has the weights of the old one."
+    # Some outcomes go on with a reason of their own.
+    same = same.capitalize() if document.outcome != doc.UNCHANGED else f"No filter met the conditions: {same}"
+    smallest = "`--set act_on=smallest` or " if document.options.get("act_on") == "flagged" else ""
+    return f"{same} Try {smallest}another `--method`."
+
+
 def _evaluate(document: doc.EvaluateDocument) -> None:
     console.results.print(document.label, style="bold", markup=False)
-    console.results.print(_rates(document.metrics))
+    console.print_table(_rates(document.metrics))
 
 
 def _rates(metrics: Mapping[str, doc.Rate]) -> Table:

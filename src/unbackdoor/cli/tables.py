@@ -37,5 +37,5 @@ def tables(
             f"cannot write into {folder}: {error.strerror}; choose another --out."
         ) from error
     print_as = {Form.MARKDOWN: markdown, Form.LATEX: latex, Form.CSV: comma_separated}[form]
-    typer.echo("\n".join(print_as(table) for table in written.tables))
+    console.print_text("\n".join(print_as(table) for table in written.tables))
     console.note(f"wrote {written.page} and {len(written.files)} files beside it")

@@ -105,7 +105,7 @@ def _outcome(model: nn.Module, purified: Purified, filter_map: FilterMap) -> str
     changed = sum(int((tensor != after[name]).sum()) for name, tensor in before.items())
     if not changed:
         action = str(purified.diagnostics.get("action", ""))
-        return f"nothing was changed{': ' + action.removeprefix('none: ') if action else ''}"
+        return f"{doc.UNCHANGED}{': ' + action.removeprefix('none: ') if action else ''}"
     removed = purified.mask.n_removed if purified.mask else 0
     filters = sum(group.filters for group in filter_map.prunable)
     pruned = f"{removed:,} of {filters:,} filters removed" if removed else ""

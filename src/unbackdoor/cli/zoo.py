@@ -31,11 +31,12 @@ def list_models(root: Path = Root, as_json: o.AsJson = False) -> None:
     from rich.table import Table
 
     from unbackdoor.bench.zoo import entries
+    from unbackdoor.catalogue import dashed
     from unbackdoor.cli import console
 
     found = entries(root)
     if as_json:
-        console.print_json(json.dumps([{"name": e.name, **e.card} for e in found]))
+        console.print_text(json.dumps([{"name": e.name, **e.card} for e in found]))
         return
     table = Table(
         "model", "attack", "poisoned", "target", "CA", "ASR", "RA", "floor", "valid", box=None, pad_edge=False
@@ -46,13 +47,13 @@ def list_models(root: Path = Root, as_json: o.AsJson = False) -> None:
         values = [entry.rate(name) for name in rates]
         table.add_row(
             escape(entry.name),
-            escape(entry.card.get("attack") or "-"),
+            escape(dashed(entry.card.get("attack") or "-")),
             str(entry.card.get("poisoned", "-")),
             str(rule.get("target_class", rule.get("rule", "-"))),
             *("-" if value is None else f"{100 * value:.1f}" for value in values),
             {True: "yes", False: "no"}.get(entry.card.get("validity", {}).get("valid"), "-"),
         )
-    console.print_table(table)
+    console.print_table(table, whole=True)
 
 
 @zoo.command()
@@ -63,15 +64,18 @@ def show(
     import json
 
     from unbackdoor.bench.zoo import entry_named, twin_folder
+    from unbackdoor.catalogue import dashed
     from unbackdoor.cli import console
     from unbackdoor.cli import show as shown
 
     entry = entry_named(root, name)
     if as_json:
-        console.print_json(json.dumps(entry.card))
+        console.print_text(json.dumps(entry.card))
         return
     out = console.results
-    out.print(f"{entry.name}: {entry.card.get('attack') or 'a clean model'}", style="bold", markup=False)
+    out.print(
+        f"{entry.name}: {dashed(entry.card.get('attack') or 'a clean model')}", style="bold", markup=False
+    )
     shown.claims(entry.card)
     shown.doubts(entry.card)
     out.print(f"files: {', '.join(sorted(path.name for path in entry.folder.iterdir()))}", markup=False)
@@ -103,7 +107,10 @@ def verify(
 
     broken = models.verify(root, names or [], test, report=report)
     if broken:
-        console.warn(f"{broken} models are not what their cards claim.")
+        claim = (
+            "model is not what its card claims" if broken == 1 else "models are not what their cards claim"
+        )
+        console.warn(f"{broken} {claim}.")
         raise typer.Exit(1)
 
 

@@ -14,7 +14,7 @@ from unbackdoor.compute import check_fits
 from unbackdoor.detect.calibration import Calibration, threshold_from
 from unbackdoor.detect.floor import too_little
 from unbackdoor.errors import InvalidInputError
-from unbackdoor.inversion import Inversion, InvertedTrigger, anomaly_indices, invert_all, norms_of
+from unbackdoor.inversion import NORMS, Inversion, InvertedTrigger, anomaly_indices, invert_all, norms_of
 from unbackdoor.suppression import confusion_of
 from unbackdoor.types import Detection, LabelledImages, Progress, silent
 
@@ -126,7 +126,7 @@ class TriggerSize:
             threshold_source=source,
             p_value=None if self.calibration is None else self.calibration.p_value(score),
             target_class=suspect.target_class,
-            evidence={**evidence, "l1_pixels": suspect.norm, "success": suspect.success},
+            evidence={**evidence, NORMS[suspect.form]: suspect.norm, "success": suspect.success},
         )
 
     def _threshold(self) -> tuple[float, str]:

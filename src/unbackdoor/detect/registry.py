@@ -13,6 +13,7 @@ from unbackdoor.detect.ibd_psc import IBDPSC
 from unbackdoor.detect.mm_bd import MaximumMargin
 from unbackdoor.detect.mnp import CorrelationRatio
 from unbackdoor.detect.nc import TriggerSize
+from unbackdoor.detect.perturbation_search import PerturbationSearch
 from unbackdoor.detect.rnp import UnlearntLabel, UnlearntSample, UnlearntTrigger
 from unbackdoor.detect.scale_up import ScaleUp
 from unbackdoor.detect.scan_statistics import SCAn
@@ -29,6 +30,7 @@ MODEL_DETECTORS: dict[str, type[Any]] = {
         UnlearntTrigger,
         TriggerSize,
         TriggerSearch,
+        PerturbationSearch,
         MaximumMargin,
         HeadWeights,
         BTIDBF,

@@ -22,6 +22,7 @@ from unbackdoor.compute import logits_of, predictions_of
 from unbackdoor.detect.calibration import Calibration, threshold_from
 from unbackdoor.detect.floor import FEWEST_IMAGES, too_little_at_first
 from unbackdoor.detect.samples import check_samples
+from unbackdoor.errors import InvalidInputError
 from unbackdoor.inversion import Inversion, invert
 from unbackdoor.suppression import Suppressed, Suppression, suppress
 from unbackdoor.types import Detection, LabelledImages, Progress, as_float, silent
@@ -129,6 +130,13 @@ class UnlearntTrigger:
     threshold: float = 0.9
     calibration: Calibration | None = None
     alpha: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.inversion.form != "patch":
+            raise InvalidInputError(
+                f"rnp-trigger scores the size of a patch; set inversion.form to 'patch', got "
+                f"{self.inversion.form!r}."
+            )
 
     def score(
         self,

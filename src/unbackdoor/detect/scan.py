@@ -397,6 +397,23 @@ class Scan:
             )
         return tuple(sentences)
 
+    def foreseen(self, model: nn.Module, clean: LabelledImages) -> tuple[str, ...]:
+        """Say before the work what is weak about the clean models that a verdict would be compared with.
+
+        Args:
+            model: Takes float images in [0, 1]; left untouched.
+            clean: Clean images with labels.
+
+        Returns:
+            Sentences that ``run`` has among its warnings.
+
+        Raises:
+            InvalidInputError: As ``run``.
+        """
+        classes = check_fits(model, clean, purpose="a scan", at_least=2)
+        calibration, warnings = self._calibration(model, clean, classes)
+        return (*warnings, *self._unfit(calibration))
+
 
 def _no_trigger(
     suspect: Evidence | None, triggers: FoundTriggers | None, clean: LabelledImages

@@ -126,6 +126,11 @@ class TriggerSearch:
                 "a trigger search needs refined >= 1, fewest_classes >= 3 and held_out_fraction in [0, 1), "
                 f"got {self.refined}, {self.fewest_classes} and {self.held_out_fraction}."
             )
+        if {self.first.form, self.second.form} != {"patch"}:
+            raise InvalidInputError(
+                "a trigger search inverts patches; leave first.form and second.form at 'patch', and use "
+                "perturbation-search for changes of all pixels."
+            )
 
     def score(
         self,
@@ -162,7 +167,7 @@ class TriggerSearch:
             UnsupportedModelError: If the model cannot be run on the images.
         """
         check_fits(model, clean, purpose="a trigger search", at_least=2)
-        learning, held_out = self._split(clean, rng.spawn(generator))
+        learning, held_out = held_apart(clean, self.held_out_fraction, rng.spawn(generator))
         first = invert_all(
             model,
             learning,
@@ -221,13 +226,15 @@ class TriggerSearch:
             evidence=evidence,
         )
 
-    def _split(
-        self, clean: LabelledImages, generator: torch.Generator
-    ) -> tuple[LabelledImages, LabelledImages]:
-        held_out = round(self.held_out_fraction * len(clean))
-        if not 0 < held_out <= len(clean) - 2:
-            return clean, clean.subset(torch.arange(0))
-        return split(clean, self.held_out_fraction, generator)
+
+def held_apart(
+    clean: LabelledImages, fraction: float, generator: torch.Generator
+) -> tuple[LabelledImages, LabelledImages]:
+    """Return images to make triggers from, and a share kept from that; none where too few are left."""
+    held_out = round(fraction * len(clean))
+    if not 0 < held_out <= len(clean) - 2:
+        return clean, clean.subset(torch.arange(0))
+    return split(clean, fraction, generator)
 
 
 def smallest_classes(triggers: Sequence[InvertedTrigger], count: int) -> list[int]:

@@ -112,19 +112,23 @@ class FilterMask:
             UnsupportedModelError: If it names a layer that the model lacks.
         """
         pruned = copy.deepcopy(model)
-        tensors = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
-        with torch.no_grad():
-            for name, kept in self.keep.items():
-                group = filter_map.group(name)
-                if len(kept) != group.filters:
-                    raise InvalidInputError(
-                        f"the mask has {len(kept)} filters for layer {name!r}, the model {group.filters}; "
-                        "they belong to different models."
-                    )
-                for tensor_name in cleared_tensors(group, prune_mode):
-                    tensor = tensors[tensor_name]
-                    tensor[(~kept).to(tensor.device)] = 0
+        self.clear(pruned, filter_map, prune_mode=prune_mode)
         return pruned
+
+    @torch.no_grad()
+    def clear(self, model: nn.Module, filter_map: FilterMap, *, prune_mode: PruneMode = "silence") -> None:
+        """Remove the filters from ``model`` itself; see ``apply``."""
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, kept in self.keep.items():
+            group = filter_map.group(name)
+            if len(kept) != group.filters:
+                raise InvalidInputError(
+                    f"the mask has {len(kept)} filters for layer {name!r}, the model {group.filters}; "
+                    "they belong to different models."
+                )
+            for tensor_name in cleared_tensors(group, prune_mode):
+                tensor = tensors[tensor_name]
+                tensor[(~kept).to(tensor.device)] = 0
 
 
 def _or_ones(mask: FilterMask, other: FilterMask, name: str) -> Tensor:

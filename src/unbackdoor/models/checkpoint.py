@@ -108,6 +108,10 @@ class Checkpoint:
     format: Literal["safetensors", "torch-zip"]
     container: str
 
+    def __repr__(self) -> str:
+        """Name the file; its tensors would fill the screen."""
+        return f"Checkpoint({str(self.path)!r}, {self.format}, {len(self.tensors)} tensors)"
+
 
 def read_checkpoint(path: Path, *, max_bytes: int = MAX_BYTES) -> Checkpoint:
     """Read the state dict in a safetensors file or a zip-format ``torch.save`` file.

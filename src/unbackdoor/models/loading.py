@@ -53,6 +53,14 @@ class LoadedModel:
     normalisation: Literal["checkpoint", "option", "none"]
     key_prefix: str
 
+    def __repr__(self) -> str:
+        """Say what was loaded; the network and its tensors would fill the screen."""
+        weights = sum(tensor.numel() for tensor in self.model.parameters())
+        return (
+            f"LoadedModel({self.architecture.name}, {self.num_classes} classes, {weights:,} weights, "
+            f"normalisation: {self.normalisation}, {self.checkpoint!r})"
+        )
+
 
 def load_model(
     path: Path,

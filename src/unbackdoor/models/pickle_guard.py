@@ -21,7 +21,10 @@ MAX_PROTOCOL = 3
 """Protocol 4 brought ``STACK_GLOBAL``, which takes the name of an import from computed strings."""
 MAX_SHOWN = 80
 
-REMEDY = "Ask the author for a .safetensors file, or a torch.save(model.state_dict()) checkpoint."
+REMEDY = (
+    "Ask the author for a .safetensors file, or a torch.save(model.state_dict()) checkpoint; "
+    "docs/how-to/open-a-refused-file.md says more."
+)
 
 _IMPORT, _RESULT = "reference to ", "result of "
 """Kinds that carry a name begin with these."""

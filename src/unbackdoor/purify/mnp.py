@@ -5,27 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from unbackdoor import rng
-from unbackdoor.compute import check_fits
+from unbackdoor.compute import accuracy_of, check_fits, predictions_of
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.magnitude import layer_normalised, magnitudes
 from unbackdoor.filters.mask import FilterMask, PruneMode
+from unbackdoor.filters.saliency import clean_loss
 from unbackdoor.filters.select import Exposed, Guard, Step, below, guarded_walk, order
 from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.masks import LearntMasks, MaskTraining, learn_masks
 from unbackdoor.purify.nc import suspects
+from unbackdoor.purify.relearning import Relearning, relearn
 from unbackdoor.purify.selection import divide
 from unbackdoor.suppression import Suppressed, Suppression, suppress
-from unbackdoor.types import LabelledImages, Progress, Purified, as_float, quantise, silent
+from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
 Stage = Literal["suppress", "penalise", "preserve"]
-Way = Literal["inversion", "suppression"]
+Way = Literal["inversion", "perturbation", "suppression"]
 
 
 @dataclass(frozen=True)
@@ -42,24 +44,33 @@ class MNP:
     the loss independent of them; the order is M1 alone; the number of filters comes from a guarded walk on
     clean images instead of a fixed 30; removing a filter also clears its norm.
 
-    Beyond the paper: suppression cannot see a small patch that few training images carried, and trigger
-    inversion (Neural Cleanse, Wang et al., S&P 2019) can. ``exposures`` names the ways taken, in turn, each
-    on what the one before left: by ``inversion``, M1 is learnt on clean images and on the same images
-    stamped with the triggers of suspicious classes, under their true labels; by ``suppression``, as in the
-    paper. One guard bounds what all together cost; a filter goes only if that helps where the backdoor was
-    exposed. If no class is suspicious, inversion removes nothing; if inversion settled it, suppression, which
-    costs clean accuracy, is left out.
+    Beyond the paper: suppression cannot see a small patch that few training images carried, nor a faint
+    pattern, and trigger inversion can. ``exposures`` names the ways taken, in turn, each on what the ones
+    before left: by ``inversion`` of patches (Neural Cleanse, Wang et al., S&P 2019) and by ``perturbation``,
+    the inversion of small changes of the whole image (after Xiang, Miller, Kesidis, arXiv 1908.10498), M1 is
+    learnt on clean images and on the same images with the triggers of suspicious classes, under their true
+    labels; by ``suppression``, as in the paper. One guard bounds what all together cost; a filter goes only
+    if that helps where the backdoor was exposed. If no class is suspicious, inversion removes nothing; if it
+    settled it, suppression, which costs clean accuracy, is left out. Not every backdoor sits in a few
+    filters: what is left after pruning ``relearns`` (see ``Relearning``) to answer images with the
+    triggers that were found as the suspect answers them without.
 
     Args:
-        exposures: Ways in which filters are exposed: ``inversion``, ``suppression``.
-        inversion: How triggers are inverted, for every class.
-        anomaly_threshold: Classes whose trigger's norm has a larger anomaly index are suspicious.
-        outlier_share: They are only if that norm is at most this share of the median as well, in (0, 1]:
-            with ten classes an index above 2 is common on clean models.
+        exposures: Ways in which filters are exposed: ``inversion``, ``perturbation``, ``suppression``.
+        inversion: How patches are inverted, for every class.
+        perturbation: How changes of the whole image are inverted, for every class.
+        outlier_share: Classes whose trigger's norm is at most this share of the median are suspicious, in
+            (0, 1].
+        anomaly_threshold: They are only if that norm's anomaly index is larger than this as well; the usual 2
+            misses small patches where the norms of the other classes vary much.
         fewest_classes: With fewer valid norms no class is: their median says nothing.
-        settled: If the removals took at least this share of the loss on stamped images away, a backdoor was
-            found and is gone: the ways after ``inversion`` are not taken, since they would cost clean
-            accuracy for nothing. Above 1: all ways are always taken.
+        settled: If this share of the loss on stamped images is gone after removals and relearning, a backdoor
+            was found and is gone: suppression is then left out, since it would cost clean accuracy for
+            nothing. Above 1: all ways are always taken.
+        relearns: When the survivors are tuned: ``never``, as in the paper; if ``triggers`` were found; or
+            ``always``, after suppression too, on clean images alone. A model that lost more clean accuracy
+            than the guard allows is not taken.
+        relearning: How.
         act_on: ``flagged`` classes, or the class with the ``smallest`` trigger if none is flagged.
         suppression: Clean suppression, Eq. 6.
         masks: How M1 and M2 are learnt.
@@ -93,12 +104,15 @@ class MNP:
     source: ClassVar[str] = "Li, Jiang, Yi 2024, arXiv 2405.17750"
     needs: ClassVar[str] = "clean images with labels"
 
-    exposures: tuple[Way, ...] = ("inversion", "suppression")
-    inversion: Inversion = field(default_factory=Inversion)
-    anomaly_threshold: float = 2.0
-    outlier_share: float = 0.5
+    exposures: tuple[Way, ...] = ("inversion", "perturbation", "suppression")
+    inversion: Inversion = field(default_factory=lambda: Inversion(steps=120, batch_size=16, success=0.95))
+    perturbation: Inversion = field(default_factory=Inversion.additive)
+    outlier_share: float = 0.35
+    anomaly_threshold: float = 0.0
     fewest_classes: int = 5
     settled: float = 0.7
+    relearns: Literal["never", "triggers", "always"] = "triggers"
+    relearning: Relearning = field(default_factory=Relearning)
     act_on: Literal["flagged", "smallest"] = "flagged"
     suppression: Suppression = field(default_factory=Suppression)
     masks: MaskTraining = field(default_factory=MaskTraining)
@@ -128,9 +142,13 @@ class MNP:
                 f"stages must name 'penalise' or 'preserve' or both, and may name 'suppress'; "
                 f"got {self.stages}."
             )
-        if not self.exposures or set(self.exposures) - {"inversion", "suppression"}:
+        if not self.exposures or set(self.exposures) - set(get_args(Way)):
             raise InvalidInputError(
-                f"exposures must name 'inversion' or 'suppression' or both, got {self.exposures}."
+                f"exposures must name at least one of {', '.join(get_args(Way))}; got {self.exposures}."
+            )
+        if self.relearns not in ("never", "triggers", "always"):
+            raise InvalidInputError(
+                f"relearns must be 'never', 'triggers' or 'always', got {self.relearns!r}."
             )
         if not 0 < self.outlier_share <= 1:
             raise InvalidInputError(f"outlier_share must lie in (0, 1], got {self.outlier_share}.")
@@ -159,6 +177,7 @@ class MNP:
             amount="count",
             count=count,
             prune_mode="weight",
+            relearns="never",
         )
 
     def purify(
@@ -185,11 +204,14 @@ class MNP:
         filter_map = find_filters(model, as_float(clean.images[:1]))
         learning, guarding = divide(clean, self.held_out_fraction, generator)
         run = _Run(self, model, filter_map, learning, guarding, progress)
-        expose = {"inversion": run.by_inversion, "suppression": run.by_suppression}
+        settled = False
         for way in self.exposures:
-            relieved = run.remove(way, expose[way](rng.spawn(generator)))
-            if way == "inversion" and relieved >= self.settled:
-                break
+            draws = rng.spawn(generator)
+            if way != "suppression":
+                relieved = run.resolve(way, run.by_triggers(way, draws), draws)
+                settled |= self.amount == "guarded" and relieved >= self.settled
+            elif not settled:
+                run.resolve(way, run.by_suppression(draws), draws)
         return Purified(
             model=run.pruned(),
             mask=run.mask,
@@ -212,11 +234,13 @@ class _Exposure:
         scores: Layer name to ``(filters,)``; lower goes first.
         tie_breaks: Decide among equal scores.
         exposed: Where removals should lower the loss, or None.
+        triggers: What was recovered on the way.
     """
 
     scores: Mapping[str, Tensor]
     tie_breaks: Sequence[Mapping[str, Tensor]]
     exposed: Exposed | None
+    triggers: tuple[InvertedTrigger, ...] = ()
 
 
 @dataclass(eq=False)
@@ -235,10 +259,11 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.mask = FilterMask.full(self.filter_map)
+        self.survivor = self.model
 
     def pruned(self) -> nn.Module:
-        """Return the model without what was removed so far."""
-        return self.mask.apply(self.model, self.filter_map, prune_mode=self.method.prune_mode)
+        """Return the model, as it was relearnt, without what was removed so far."""
+        return self.mask.apply(self.survivor, self.filter_map, prune_mode=self.method.prune_mode)
 
     def by_suppression(self, generator: torch.Generator) -> _Exposure:
         """Learn M1 on a suppressed copy and M2 on the model: the paper's way."""
@@ -270,30 +295,41 @@ class _Run:
         exposed = Exposed(suppressed.model, self.guarding) if suppressed else None
         return self._exposure(m1, m2, copy, exposed)
 
-    def by_inversion(self, generator: torch.Generator) -> _Exposure | None:
+    def by_triggers(
+        self, way: Literal["inversion", "perturbation"], generator: torch.Generator
+    ) -> _Exposure | None:
         """Learn M1 on the model, with the inverted triggers of suspicious classes on its images."""
         method, model = self.method, self.pruned()
         triggers, found = suspects(
-            model, self.learning, method.inversion, threshold=method.anomaly_threshold,
+            model, self.learning, getattr(method, way), threshold=method.anomaly_threshold,
             largest_share=method.outlier_share, fewest=method.fewest_classes,
             smallest=method.act_on == "smallest", generator=rng.spawn(generator), progress=self.progress,
         )  # fmt: skip
-        self.diagnostics["inversion"] = found
+        self.diagnostics[way] = found
         if not triggers:
             return None
         stamped, held = (_stamped(data, triggers) for data in (self.learning, self.guarding))
         m1 = self._m1(model, _joined(self.learning, stamped), model, generator)
-        self.diagnostics["inversion"]["masks"] = _learnt(m1)
-        return self._exposure(m1, None, model, Exposed(model, held))
+        found["masks"] = _learnt(m1)
+        exposure = self._exposure(m1, None, model, Exposed(model, held))
+        return replace(exposure, triggers=tuple(triggers))
 
-    def remove(self, way: str, exposure: _Exposure | None) -> float:
-        """Remove what was exposed, as far as the method allows.
+    def resolve(self, way: Way, exposure: _Exposure | None, generator: torch.Generator) -> float:
+        """Remove what was exposed, and let the survivors relearn.
 
         Returns:
-            The share of the loss where the backdoor was exposed that went with it; 0 if nobody measured.
+            The share of the loss where the backdoor was exposed that is gone; 0 if nobody measured.
         """
         if exposure is None:
             return 0.0
+        relieved = self._remove(way, exposure)
+        relearns = self.method.relearns
+        if relearns == "always" or (relearns == "triggers" and exposure.triggers):
+            relieved = self._relearn(way, exposure, generator) or relieved
+        return relieved
+
+    def _remove(self, way: Way, exposure: _Exposure) -> float:
+        """Remove what was exposed, as far as the method allows, and return what of the loss there is gone."""
         allowed = self._allowed()
         scores = {name: values.cpu() for name, values in exposure.scores.items() if name in allowed}
         ranked = order(scores, *exposure.tie_breaks)
@@ -305,6 +341,46 @@ class _Run:
             for name, values in scores.items()
         }
         return sum(step.benefit for step in steps if step.removed and not math.isnan(step.benefit))
+
+    def _relearn(self, way: Way, exposure: _Exposure, generator: torch.Generator) -> float:
+        """Tune the survivors, unless that costs too much, and return what of the triggers' loss is gone."""
+        method, model = self.method, self.pruned()
+
+        def restrain(network: nn.Module) -> None:
+            self.mask.clear(network, self.filter_map, prune_mode=method.prune_mode)
+
+        log = self.diagnostics.setdefault("relearning", [])
+        try:
+            relearnt, record = relearn(
+                model, self.model, self.learning, exposure.triggers, method.relearning,
+                restrain=restrain, generator=rng.spawn(generator), progress=self.progress,
+            )  # fmt: skip
+        except UnsupportedModelError as error:
+            # What was pruned is worth keeping, even where the network cannot be tuned.
+            log.append({"exposure": way, "taken": False, "problem": str(error)})
+            return 0.0
+        suspect, now = (accuracy_of(network, self.guarding) for network in (self.model, relearnt))
+        taken = now >= suspect - method.guard.accuracy - 1e-9
+        successes = [_success(network, self.guarding, exposure) for network in (model, relearnt)]
+        log.append(
+            {
+                "exposure": way,
+                "taken": taken,
+                "losses": list(record.losses),
+                "accuracy_of_the_suspect": suspect,
+                "accuracy": now,
+                "trigger_success": successes,
+            }
+        )
+        if not taken:
+            return 0.0
+        self.survivor = relearnt
+        if not exposure.triggers or exposure.exposed is None:
+            return 0.0
+        before, after = (
+            clean_loss(network, exposure.exposed.data) for network in (exposure.exposed.model, relearnt)
+        )
+        return 1 - after / before
 
     def _m1(
         self, model: nn.Module, data: LabelledImages, source: nn.Module, generator: torch.Generator
@@ -384,12 +460,23 @@ class _Run:
 def _stamped(clean: LabelledImages, triggers: Sequence[InvertedTrigger]) -> LabelledImages:
     """Return the images with each trigger on those that it should not move, under their true labels."""
     parts = [(trigger, clean.subset(clean.labels != trigger.target_class)) for trigger in triggers]
-    images = torch.cat([quantise(trigger(as_float(part.images))) for trigger, part in parts])
+    # Not rounded to 8 bits, which would wipe a faint change out.
+    images = torch.cat([trigger(as_float(part.images)) for trigger, part in parts])
     return LabelledImages(images, torch.cat([part.labels for _, part in parts]), clean.class_names)
 
 
+def _success(model: nn.Module, clean: LabelledImages, exposure: _Exposure) -> float | None:
+    """Return the largest success of the triggers on images of other classes; None without triggers."""
+    rates = []
+    for trigger in exposure.triggers:
+        others = clean.subset(clean.labels != trigger.target_class)
+        hits = predictions_of(model, trigger(as_float(others.images))) == trigger.target_class
+        rates.append(float(hits.float().mean()))
+    return max(rates, default=None)
+
+
 def _joined(one: LabelledImages, other: LabelledImages) -> LabelledImages:
-    images = torch.cat([quantise(as_float(one.images)), other.images])
+    images = torch.cat([as_float(one.images), other.images])
     return LabelledImages(images, torch.cat([one.labels, other.labels]), one.class_names)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -14,9 +15,9 @@ from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.extras import require
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.mask import FilterMask, PruneMode
-from unbackdoor.filters.saliency import taylor_saliency
+from unbackdoor.filters.saliency import clean_loss, taylor_saliency
 from unbackdoor.purify.filter_graph import FilterGraph, Residual, filter_graph
-from unbackdoor.purify.pruning_search import Limits, Objective, Search, by_chance, by_greed
+from unbackdoor.purify.pruning_search import Limits, Objective, Place, Search, by_chance, by_greed
 from unbackdoor.suppression import Suppressed, Suppression, suppress
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
@@ -31,7 +32,7 @@ class Agent:
     Args:
         hidden: Size of a node's embedding.
         rounds: Rounds of message passing.
-        rollout: Steps between updates, at least 2.
+        rollout: Steps between updates, at least 2; fewer where the budget has room for no such update.
         passes: Passes over these steps in each update.
         learning_rate: Step of Adam.
         entropy: Weight of the policy's entropy, which keeps it from settling early.
@@ -74,7 +75,7 @@ class ONP:
     Args:
         search: ``policy`` learns; ``random`` and ``greedy`` search the same sets with the same budget.
         steps: Budget: removals that are tried, each a pass of all images through model and copy where that
-            set was not tried before.
+            set was not tried before. At least 3 for ``policy``.
         seconds: Budget: wall time of the search.
         horizon: Most nodes in a set.
         candidates: Share of the nodes that may be removed, those with the best first-order estimate, in
@@ -94,6 +95,7 @@ class ONP:
     title: ClassVar[str] = "Optimized Neuron Pruning"
     source: ClassVar[str] = "Li, Yu, Yi 2024, arXiv 2405.17746"
     needs: ClassVar[str] = "clean images with labels; the extra rl, unless search is random or greedy"
+    version: ClassVar[int] = 2
 
     search: Literal["policy", "random", "greedy"] = "policy"
     steps: int = 512
@@ -120,6 +122,10 @@ class ONP:
             raise InvalidInputError(
                 f"steps, horizon and neighbours must be at least 1 and seconds positive, got {self.steps}, "
                 f"{self.horizon}, {self.neighbours} and {self.seconds}."
+            )
+        if self.search == "policy" and self.steps < 3:
+            raise InvalidInputError(
+                f"a policy learns nothing from {self.steps} steps; allow at least 3, or choose another."
             )
         if not 0 < self.candidates <= 1:
             raise InvalidInputError(f"candidates must lie in (0, 1], got {self.candidates}.")
@@ -161,14 +167,14 @@ class ONP:
             graph.nodes, objective.worth, _best(estimates, self.candidates), self.horizon,
             self.penalty, self.steps, self.seconds, progress,
         )  # fmt: skip
-        self._run(graph, search, estimates, generator)
+        learnt = self._run(graph, search, estimates, generator)
         removed = [place for node in sorted(search.best) for place in graph.nodes[node]]
         mask = FilterMask.full(filter_map).without(removed)
         return Purified(
             model=mask.apply(model, filter_map, prune_mode=self.prune_mode),
             mask=mask,
             scores=_scores(graph, search.mean_gains(), filter_map),
-            diagnostics={"options": asdict(self), **_suppressed(copy), **search.describe()},
+            diagnostics={"options": asdict(self), **_suppressed(copy), **search.describe(), **learnt},
         )
 
     def _graph(
@@ -180,13 +186,37 @@ class ONP:
         graph = filter_graph(
             model, copy, filter_map, own, copied, residual=self.residual, neighbours=self.neighbours
         )
-        estimates = [
-            sum(float(-copied[n][i] - self.clean_weight * own[n][i].clamp(min=0)) for n, i in node)
-            for node in graph.nodes
-        ]
-        return graph, torch.tensor(estimates)
+        return graph, torch.tensor(self.estimates(graph.nodes, own, copied, clean_loss(copy, clean)))
 
-    def _run(self, graph: FilterGraph, search: Search, estimates: Tensor, generator: torch.Generator) -> None:
+    def estimates(
+        self,
+        nodes: Iterable[Sequence[Place]],
+        own: Mapping[str, Tensor],
+        copied: Mapping[str, Tensor],
+        copy_loss: float,
+    ) -> list[float]:
+        """Return the reward of removing each node, to first order and in its unit (``Objective``).
+
+        Args:
+            nodes: What is pruned together.
+            own: By layer, the rise of the model's loss without each filter, nats.
+            copied: The same of the copy's.
+            copy_loss: The copy's loss with all filters.
+        """
+        return [
+            sum(
+                float(-copied[n][i]) / max(copy_loss, 1e-12)
+                - self.clean_weight * float(own[n][i].clamp(min=0))
+                - self.price
+                for n, i in node
+            )
+            for node in nodes
+        ]
+
+    def _run(
+        self, graph: FilterGraph, search: Search, estimates: Tensor, generator: torch.Generator
+    ) -> dict[str, Any]:
+        """Search; return what there is to say of the learning."""
         if self.search == "random":
             by_chance(search, rng.spawn(generator))
         elif self.search == "greedy":
@@ -195,7 +225,8 @@ class ONP:
             from unbackdoor.purify.pruning_agent import learn
 
             with rng.fenced(generator) as seed:
-                learn(graph, search, seed=seed, **asdict(self.agent))
+                return {"updates": learn(graph, search, seed=seed, **asdict(self.agent))}
+        return {}
 
 
 def _best(estimates: Tensor, share: float) -> Tensor:

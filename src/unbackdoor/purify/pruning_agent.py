@@ -137,12 +137,21 @@ class GraphPolicy(MaskableActorCriticPolicy):
 
 
 class _Budget(BaseCallback):
-    """Stops learning when the search has just enough steps left to use what was learnt."""
+    """Stops learning when the search has just enough steps left to use what was learnt; counts updates."""
 
     def __init__(self, search: Search) -> None:
         super().__init__()
         self.search = search
         self.reserve = min(search.horizon, search.steps // 4)
+        self.updates = 0
+
+    @property
+    def longest(self) -> int:
+        """Most steps of a rollout that ends before this stops, and so is learnt from."""
+        return self.search.steps - self.reserve - 1
+
+    def _on_rollout_end(self) -> None:
+        self.updates += 1  # not called after a rollout that was stopped
 
     def _on_step(self) -> bool:
         return not self.search.exhausted(reserve=self.reserve)
@@ -159,7 +168,7 @@ def learn(
     passes: int,
     learning_rate: float,
     entropy: float,
-) -> None:
+) -> int:
     """Learn a policy within the budget of ``search``, then follow it once; the best set is kept there.
 
     Args:
@@ -168,12 +177,16 @@ def learn(
         seed: Of everything; the global generators are seeded, and are to be fenced by the caller.
         hidden: Size of an embedding.
         rounds: Of message passing.
-        rollout: Steps between updates, at least 2.
+        rollout: Steps between updates, at least 2; fewer where the budget has room for no such update.
         passes: Over the steps in each update.
         learning_rate: Step of Adam.
         entropy: Weight of the policy's entropy.
+
+    Returns:
+        How many updates there were; none only where the time was up before.
     """
-    environment = PruningEnv(search)
+    environment, budget = PruningEnv(search), _Budget(search)
+    rollout = min(rollout, budget.longest)
     agent = MaskablePPO(
         GraphPolicy,
         environment,
@@ -192,8 +205,9 @@ def learn(
             "features_extractor_kwargs": {"graph": graph, "hidden": hidden, "rounds": rounds},
         },
     )
-    agent.learn(search.steps, callback=_Budget(search), log_interval=None)
+    agent.learn(search.steps, callback=budget, log_interval=None)
     observation, ended = environment.reset()[0], False
     while not ended and not search.exhausted():
         action, _ = agent.predict(observation, deterministic=True, action_masks=environment.action_masks())
         observation, _, ended, _, _ = environment.step(int(action))
+    return budget.updates

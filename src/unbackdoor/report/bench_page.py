@@ -23,7 +23,7 @@ from unbackdoor.catalogue import dashed
 from unbackdoor.report.figures import Drawing
 from unbackdoor.report.layouts.suites import figures_of, tables_of
 from unbackdoor.report.run import Answer, Run
-from unbackdoor.report.tables import Table, comma_separated, latex, markdown, shown
+from unbackdoor.report.tables import AVERAGE, Entry, Table, comma_separated, latex, markdown, shown
 
 STATES = ("ok", "refused", "failed", "missing")
 CIRCUMSTANCES = ("created", "unbackdoor", "git", "torch", "python", "device")
@@ -79,6 +79,7 @@ def render(run: Run, tables: Sequence[Table], figures: Sequence[Drawing]) -> str
         lstrip_blocks=True,
     )
     environment.globals["shown"] = shown
+    environment.globals["averages"] = (Entry(text=AVERAGE),)
     environment.filters["sort_value"] = _sort_value
     script = environment.get_template("bench.js").render()
     return environment.get_template("bench.html").render(

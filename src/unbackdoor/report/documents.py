@@ -43,12 +43,20 @@ MAX_INTEGER = 2**53
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
+UNCHANGED = "nothing was changed"
+"""How the outcome of a purification begins that left all weights as they were."""
+
 Element = TypeVar("Element")
 
 
 def utc_now() -> str:
     """Return the current time as ISO 8601 in UTC, to the second: the ``created`` of a document."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def class_words(index: int, name: str | None) -> str:
+    """Return a class for people: its number, and its name if that says more."""
+    return f"class {index}" if name in (None, "", str(index)) else f"class {index} ({name})"
 
 
 def _finite_or_none(value: object) -> object:
@@ -487,6 +495,11 @@ class PurifyDocument(Part):
     passes: Json = Field(default_factory=dict)
     warnings: Many[str] = ()
     limits: Many[str] = ()
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the new file has the weights of the old one."""
+        return self.outcome.startswith(UNCHANGED)
 
 
 class EvaluateDocument(Part):

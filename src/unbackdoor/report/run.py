@@ -28,12 +28,14 @@ class Answer:
         parts: The parts of the suite that it belongs to.
         cell: What was asked.
         record: The answer, or None yet.
+        name: What the suite calls the options that were set; empty if it does not.
     """
 
     key: str
     parts: tuple[str, ...]
     cell: Mapping[str, Any]
     record: Record | None
+    name: str = ""
 
     @property
     def status(self) -> str:
@@ -69,7 +71,8 @@ class Answer:
     def variant(self) -> str:
         """The settings in a few words; empty for the defaults."""
         words = ["paper"] if self.cell.get("paper") else []
-        return ", ".join([*words, *(f"{name}={value}" for name, value in self.options.items())])
+        set_to = [self.name] if self.name else [f"{name}={value}" for name, value in self.options.items()]
+        return ", ".join([*words, *set_to])
 
     @property
     def label(self) -> str:
@@ -149,15 +152,18 @@ def read_run(folder: Path) -> Run:
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
         cells = {
-            str(key): (tuple(map(str, value["parts"])), value["cell"]) for key, value in plan["cells"].items()
+            str(key): (tuple(map(str, value["parts"])), value["cell"], str(value.get("name", "")))
+            for key, value in plan["cells"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # The message of an OSError repeats the path, after a number.
+        problem = error.strerror if isinstance(error, OSError) else error
         raise InvalidInputError(
-            f"{path} cannot be read as the plan of a run ({error}); give the folder that "
+            f"{path} cannot be read as the plan of a run ({problem}); give the folder that "
             "`unbackdoor bench --out` wrote."
         ) from error
     records = Store(folder / RECORDS).records()
-    answers = [Answer(key, parts, cell, records.get(key)) for key, (parts, cell) in cells.items()]
+    answers = [Answer(key, parts, cell, records.get(key), name) for key, (parts, cell, name) in cells.items()]
     trainings = [record for record in records.values() if record.get("kind") == "training"]
     return Run(plan, tuple(answers), tuple(trainings))
 

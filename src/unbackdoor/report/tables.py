@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MISSING = "-"
+AVERAGE = "Average"
+"""What the rows begin with that sum the others up."""
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -40,13 +42,25 @@ class Entry:
         values: Numbers, one for each part of the column; NaN where there is none.
         text: Text, for a column without parts or instead of numbers, such as ``refused``.
         best: Whether it is the best of its row.
-        key: Of the record or records behind it.
+        keys: Of the records behind it.
+        done: How many results the numbers are the mean of, where that is known.
+        asked: How many there should be.
+        mark: What else a reader has to know of the numbers, such as ``did not take``.
     """
 
     values: tuple[float, ...] = ()
     text: str = ""
     best: bool = False
-    key: str = ""
+    keys: tuple[str, ...] = ()
+    done: int = 0
+    asked: int = 0
+    mark: str = ""
+
+    @property
+    def remark(self) -> str:
+        """What stands in brackets behind the numbers: that some results are missing, and the mark."""
+        missing = f"{self.done} of {self.asked}" if self.done < self.asked else ""
+        return "; ".join(filter(None, (missing, self.mark)))
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,8 @@ def shown(entry: Entry, column: Column) -> str:
         return entry.text or MISSING
     if not entry.values or all(math.isnan(value) for value in entry.values):
         return MISSING
-    return " / ".join(MISSING if math.isnan(v) else f"{v:.{column.digits}f}" for v in entry.values)
+    numbers = " / ".join(MISSING if math.isnan(v) else f"{v:.{column.digits}f}" for v in entry.values)
+    return f"{numbers} ({entry.remark})" if entry.remark else numbers
 
 
 def markdown(table: Table) -> str:
@@ -120,16 +135,23 @@ def latex(table: Table) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """Return a table in CSV: one column for each number, nothing rounded."""
+    """Return a table in CSV: one column for each number, nothing rounded; and one for remarks, if any."""
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
-    writer.writerow([name for column in table.columns for name in _names(column)])
-    for row in table.rows:
+    remarks = [_remarks(row, table.columns) for row in table.rows]
+    last = ["remarks"] if any(remarks) else []
+    writer.writerow([*(name for column in table.columns for name in _names(column)), *last])
+    for row, remark in zip(table.rows, remarks, strict=True):
         cells: list[str] = []
         for entry, column in zip(row, table.columns, strict=True):
             cells += _numbers(entry, column) if column.parts else [entry.text]
-        writer.writerow(cells)
+        writer.writerow([*cells, *([remark] if last else [])])
     return output.getvalue()
+
+
+def _remarks(row: Sequence[Entry], columns: Sequence[Column]) -> str:
+    pairs = zip(row, columns, strict=True)
+    return ", ".join(f"{column.title}: {entry.remark}" for entry, column in pairs if entry.remark)
 
 
 def _names(column: Column) -> list[str]:

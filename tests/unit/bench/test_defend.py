@@ -14,7 +14,7 @@ from unbackdoor.attacks import BadNets
 from unbackdoor.bench import zoo
 from unbackdoor.bench.artefact import save_clean, save_infected
 from unbackdoor.bench.cell import Cell
-from unbackdoor.bench.defend import Bench, cell_of, run
+from unbackdoor.bench.defend import Bench, cell_of, line_of, run
 from unbackdoor.bench.detecting import area, training_set
 from unbackdoor.bench.recording import series
 from unbackdoor.bench.saliency import triggered
@@ -219,6 +219,16 @@ def test_every_filter_is_measured_on_clean_and_triggered_images(bench: Bench) ->
         cell_of(bench.entry("clean"), "ablate", data="small", task="ablate", clean_images=12)
     )
     assert set(clean["filters"]["conv1"]) == {"magnitude", "clc"}
+    # Without its norm's shift a filter is gone; with its weights alone at zero, that shift stays.
+    weights = {"options": {"prune_mode": "weight"}, "task": "ablate", "clean_images": 12}
+    other = bench.answer(cell_of(entry, "ablate", data="small", **weights))  # type: ignore[arg-type]
+    assert other["clean_loss"] == record["clean_loss"]
+    assert other["filters"]["conv1"]["clc"] != record["filters"]["conv1"]["clc"]
+
+
+def test_a_score_without_a_threshold_is_said_in_a_line() -> None:
+    line = line_of("x", {"status": "ok", "score": 0.5, "threshold": None, "seconds": 1.0})
+    assert line == "x: score 0.5, no threshold; 1.0 s"
 
 
 def test_models_are_looked_for_in_all_homes(bench: Bench, tmp_path: Path) -> None:

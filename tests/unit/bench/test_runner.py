@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ class Seen(Watcher):
     def __init__(self) -> None:
         self.held: list[str] = []
         self.lines: list[str] = []
+        self.waited: list[str] = []
 
     def began(self, tally: Tally) -> None:
         self.lines.append(f"{tally.found} of {tally.total}")
@@ -34,6 +36,9 @@ class Seen(Watcher):
 
     def left(self, tasks: Sequence[Task]) -> None:
         self.held = [task.label for task in tasks]
+
+    def waits(self, tasks: Sequence[Task]) -> None:
+        self.waited = [task.label for task in tasks]
 
 
 def squares(store: Store) -> dict[str, int]:
@@ -66,6 +71,27 @@ def test_what_another_runner_holds_is_left_to_it(tmp_path: Path) -> None:
         tally = drive(NUMBERS[:3], Square(tmp_path), store, Inline(), watcher=seen)
     assert (tally.ended, seen.held) == (2, ["number 1"])
     assert sorted(squares(store)) == ["n0", "n2"]
+
+
+def test_what_another_runner_holds_can_be_waited_for(tmp_path: Path) -> None:
+    store, seen = Store(tmp_path / "records.jsonl"), Seen()
+    claims = {key: store.claim(key) for key in ("n1", "n2")}
+    for claim in claims.values():
+        assert claim.__enter__()
+
+    def others() -> None:
+        time.sleep(0.1)
+        store.add({"key": "n1", "square": -1})
+        claims["n1"].__exit__(None, None, None)
+        claims["n2"].__exit__(None, None, None)  # given up
+
+    runner = threading.Thread(target=others)
+    runner.start()
+    tally = drive(NUMBERS[:3], Square(tmp_path), store, Inline(), watcher=seen, wait=0.01)
+    runner.join()
+    assert (tally.ended, tally.found, seen.held) == (3, 1, [])
+    assert seen.waited == ["number 1", "number 2"]
+    assert squares(store) == {"n0": 0, "n1": -1, "n2": 4}
 
 
 def test_a_bug_ends_the_run_and_releases_what_was_claimed(tmp_path: Path) -> None:

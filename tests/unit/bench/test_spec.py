@@ -35,17 +35,23 @@ seed = 0
 def test_options_of_a_model_come_after_the_defaults_unless_it_is_plain(tmp_path: Path) -> None:
     path, out = tmp_path / "models.toml", tmp_path / "models"
     path.write_text(SPEC)
-    (out / "clean").mkdir(parents=True)
     found = jobs(read_spec(path), "data", out)
     assert found["badnets"].settings == ("recipe.nesterov=true", "target_class=2")
     assert (found["badnets"].epochs, found["badnets"].width, found["badnets"].seed) == (16, 16, 3)
     assert found["plain"].settings == ()
     assert (found["plain"].arch, found["plain"].width, found["plain"].epochs) == ("vgg16_bn", 64, 24)
-    assert found["badnets"].twin is None  # not trained yet
+    assert (found["badnets"].twin, found["clean"].twin) == (out / "clean", None)
+
+
+def test_a_clean_twin_is_looked_for_when_a_job_starts(tmp_path: Path) -> None:
+    path, out = tmp_path / "models.toml", tmp_path / "models"
+    path.write_text(SPEC)
+    found = jobs(read_spec(path), "data", out)
+    (out / "clean").mkdir(parents=True)
+    assert found["badnets"].ready().twin is None
     (out / "clean" / "card.json").touch()
-    again = jobs(read_spec(path), "data", out)
-    assert again["badnets"].twin == out / "clean"
-    assert again["clean"].twin is None
+    assert found["badnets"].ready() == found["badnets"]
+    assert found["clean"].ready() == found["clean"]
 
 
 @pytest.mark.parametrize(

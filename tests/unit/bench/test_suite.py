@@ -9,7 +9,7 @@ import pytest
 from unbackdoor.bench.methods import METHODS, configured
 from unbackdoor.bench.spec import jobs
 from unbackdoor.bench.suite import Places, Plan, _folder, _spec, matching, read_suite, suite_names, variants
-from unbackdoor.bench.training import _configured
+from unbackdoor.bench.training import Job, _configured
 from unbackdoor.errors import InvalidInputError
 
 ROOT = Path(__file__).parents[3]
@@ -149,9 +149,44 @@ def test_models_that_are_not_there_are_trained_clean_twins_first(suite: Path, tm
     keys = {training.key for training in plan.trainings()}
     assert len(keys) == 2
     # A model that the run has trained is used from then on.
-    shutil.copytree(ROOT / "zoo" / "badnets", tmp_path / "models" / "paper" / "badnets")
+    trained(plan.jobs["badnets"])
     assert [training.label for training in plan.trainings()] == ["train clean"]
     assert {cell.model for _, cell in plan.cells().values()} == {"badnets"}
+
+
+def trained(job: Job, **changes: object) -> None:
+    """Put a model where the job would: that of the zoo, with another card."""
+    shutil.copytree(ROOT / "zoo" / "badnets", job.out, dirs_exist_ok=True)
+    card = json.loads((job.out / "card.json").read_text())
+    (job.out / "card.json").write_text(json.dumps({**card, "job": {**job.describe(), **changes}}))
+
+
+def test_a_model_that_was_trained_in_another_way_is_refused(suite: Path, tmp_path: Path) -> None:
+    plan = Plan.of(read_suite(str(suite)), "large", Places(tmp_path, tmp_path / "models"), "data")
+    trained(plan.jobs["badnets"], epochs=3, width=16)
+    with pytest.raises(InvalidInputError, match=r"in another way than its list says \(width, epochs\); move"):
+        plan.entries()
+    old = {name: value for name, value in plan.jobs["badnets"].describe().items() if name != "stem"}
+    trained(plan.jobs["badnets"])
+    card = json.loads((plan.jobs["badnets"].out / "card.json").read_text())
+    (plan.jobs["badnets"].out / "card.json").write_text(json.dumps({**card, "job": old}))
+    assert list(plan.entries()) == ["badnets"], "an option that came later had its default"
+
+
+def test_clean_twins_are_planned_though_no_question_is_about_them(tmp_path: Path) -> None:
+    for name, size, twin in (("table1", "paper", "paper"), ("table2", "cpu", "imagenet12")):
+        plan = Plan.of(read_suite(name), size, Places(tmp_path, tmp_path / "models"), "data")
+        labels = [training.label for training in plan.trainings()]
+        assert labels[0] == "train clean"
+        assert plan.jobs["badnets"].twin == plan.jobs["clean"].out == tmp_path / "models" / twin / "clean"
+        assert "clean" not in plan.asked
+        assert "clean" not in plan.describe()["missing_models"]
+        # Only what the questions at hand need.
+        some = plan.trainings(plan.models_of(lambda label: label.startswith("blend fp")))
+        assert [training.label for training in some] == ["train clean", "train blend"]
+    zoo = Plan.of(read_suite("table1"), "cpu", PLACES, "data")
+    assert zoo.jobs["badnets"].twin == ROOT / "zoo" / "clean"
+    assert zoo.trainings() == []
 
 
 @pytest.mark.parametrize(
@@ -159,16 +194,26 @@ def test_models_that_are_not_there_are_trained_clean_twins_first(suite: Path, tm
     [
         (("[sizes.small]", "[sizes.small"), "is no TOML file"),
         (("title", "titel"), "is no suite: title: Field required"),
-        (('task = "x"', ""), None),
+        (('part = "one"', 'task = "x"'), "grid.0.task: Input should be 'purify', 'detect' or 'ablate'"),
         (("seeds = [5]", "seeds = 5"), "sizes.large.seeds"),
-        (('methods = ["clp", "ft-sam"]', 'methods = ["nosuch"]'), None),
+        (('part = "one"', 'names = ["a", "b"]'), "2 names for 1 options"),
+        (('part = "one"', 'options = [{}, {}]\nnames = ["a", "a"]'), "two variants have one name"),
     ],
 )
-def test_what_is_no_suite_is_refused(suite: Path, change: tuple[str, str], sentence: str | None) -> None:
+def test_what_is_no_suite_is_refused(suite: Path, change: tuple[str, str], sentence: str) -> None:
+    assert SUITE.count(change[0]) >= 1
     suite.write_text(SUITE.replace(*change))
-    if sentence is not None:
-        with pytest.raises(InvalidInputError, match=sentence):
-            read_suite(str(suite))
+    with pytest.raises(InvalidInputError, match=sentence):
+        read_suite(str(suite))
+
+
+def test_questions_of_one_suite_have_labels_of_their_own() -> None:
+    for name in ("smoke", "table4", "ablations"):
+        cells = Plan.of(read_suite(name), "cpu", PLACES, "data").models_of
+        labels: list[str] = []
+        cells(lambda label, seen=labels: seen.append(label) is None)  # type: ignore[misc]
+        assert labels
+        assert len(set(labels)) == len(labels), name
 
 
 def test_unknown_names_are_refused(suite: Path, tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from unbackdoor.evaluate import evaluate
 from unbackdoor.models import NormalisedModel, build
 from unbackdoor.testing.subjects import small_data
 from unbackdoor.train import Recipe
-from unbackdoor.types import Infected
+from unbackdoor.types import Infected, LabelledImages
 
 TEST = small_data(60)
 
 
 def _network() -> nn.Module:
-    return NormalisedModel(build("resnet10", width=4, num_classes=4), (0.5,), (0.25,))
+    return NormalisedModel(build("resnet10", width=4, num_classes=4), (0.5,) * 3, (0.25,) * 3)
 
 
 def _infected() -> Infected:
@@ -204,3 +204,11 @@ def test_a_card_that_claims_nothing_is_refused(root: Path, tmp_path: Path) -> No
     copy = _edited(root, tmp_path / "zoo", metrics={})
     with pytest.raises(InvalidInputError, match="claims no clean_accuracy"):
         zoo.entries(copy)
+
+
+def test_images_with_other_channels_are_not_measured_on(root: Path) -> None:
+    # The normalisation in front of these networks would spread one channel over three.
+    grey = LabelledImages(TEST.images[:, :1], TEST.labels)
+    for entry in zoo.entries(root):
+        with pytest.raises(InvalidInputError, match=r"have 1 channel\(s\)"):
+            zoo.measure(entry, grey)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from unbackdoor.cli import batch
 from .conftest import ARCH, Files, Result, Run
 
 Scan = Callable[..., Result]
+Found = tuple[batch.FileScan, Mapping[str, Any]]
 
 
 @pytest.fixture
@@ -41,9 +43,14 @@ def test_a_bad_file_is_a_line_and_the_others_go_on(scan: Scan, files: Files, tmp
     assert len(lines) == 4
     assert lines[0].startswith(f"{hostile}: refused: ")
     # Without scores for these options both models are inconclusive; the target is named all the same.
-    assert lines[1].startswith(f"{files.infected}: inconclusive, suspected target class 3 (3)")
+    assert lines[1].startswith(f"{files.infected}: inconclusive, suspected target class 3")
     assert lines[2].startswith(f"{absent}: refused: ")
     assert lines[3].startswith(f"{files.twin}: inconclusive")
+    # What both were warned of is said once, about no file.
+    lacking = (
+        "warning: The calibration was made with other options of unlearning exposure than this scan uses"
+    )
+    assert result.err.count(lacking) == 1
     documents = sorted((tmp_path / "out").glob("*.json"))
     assert [path.name.rpartition("-")[0] for path in documents] == ["infected", "twin"]
     assert all(path.with_suffix(".html").exists() for path in documents)
@@ -112,3 +119,16 @@ def test_one_page_is_for_one_file(scan: Scan, files: Files, tmp_path: Path) -> N
     result = scan(files.twin, files.infected, more=("--report", tmp_path / "r.html"))
     assert result.code == 2
     assert "--report and --sarif are for one file" in result.err
+
+
+def test_a_warning_about_some_files_names_them() -> None:
+    def found(name: str, *warnings: str) -> Found:
+        return batch.FileScan(Path(name), "", ""), {"verdict": "clean", "warnings": list(warnings)}
+
+    refused: Found = (batch.FileScan(Path("bad.pt"), "", ""), {"status": "refused", "problem": "p"})
+    old: Found = (batch.FileScan(Path("old.pt"), "", ""), {"verdict": "clean"})
+    both = [found("a.pt", "All.", "Some."), found("b.pt", "All."), refused]
+    assert batch.warnings_of(both) == ["All.", "a.pt: Some."]
+    assert batch.warnings_of([*both, old]) == ["a.pt, b.pt: All.", "a.pt: Some."]
+    many = [found(f"{i}.pt", "W.") for i in range(5)]
+    assert batch.warnings_of([*many, old]) == ["0.pt, 1.pt, 2.pt and 2 more: W."]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -119,10 +120,69 @@ def test_models_that_are_missing_leave_questions_open(run: Run, suite: Path, tmp
     assert plan["missing_models"] == ["clean"]
 
 
+def test_an_infected_model_is_measured_beside_the_clean_twin_that_the_suite_trains_first(
+    run: Run, suite: Path, tmp_path: Path
+) -> None:
+    suite.write_text(SUITE.replace('models = ["clean"]', 'models = ["badnets"]'))
+    result = run("bench", suite, "--out", tmp_path / "runs" / "mine", "--only", "badnets clp*")
+    assert result.code == 0, result.err
+    card = json.loads((tmp_path / "runs" / "models" / "smoke" / "badnets" / "card.json").read_text())
+    assert card["validity"]["clean_twin_accuracy"]["n"] > 0
+    assert "--twin" in card["command"]
+
+
+def test_only_trains_the_models_of_the_questions_it_chooses(run: Run, suite: Path, tmp_path: Path) -> None:
+    suite.write_text(SUITE.replace('models = ["clean"]', 'models = ["clean", "badnets"]'))
+    some = run("bench", suite, "--out", tmp_path / "run", "--only", "clean clp*")
+    assert some.code == 0, some.err
+    assert "train badnets" not in some.err
+    assert "not there" not in some.err
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["missing_models"] == ["badnets"]
+    none = run("bench", suite, "--out", tmp_path / "run", "--only", "lira*")
+    assert (none.code, "no question fits 'lira*'" in none.err) == (2, True)
+
+
+def test_a_folder_belongs_to_one_suite_and_size_and_data(run: Run, suite: Path, tmp_path: Path) -> None:
+    def refused(*arguments: object) -> str:
+        result = run("bench", *arguments, "--out", tmp_path / "run", "--no-train")
+        assert (result.code, len(result.err.splitlines())) == (2, 1)
+        return " ".join(result.err.split())
+
+    run("bench", suite, "--out", tmp_path / "run", "--no-train")
+    assert "holds a run of mine in size cpu, not of smoke in size cpu; choose another --out" in refused(
+        "smoke"
+    )
+    suite.write_text(SUITE.replace("[sizes.cpu]", "[sizes.tiny]"))
+    assert "not of mine in size tiny" in refused(suite)
+    suite.write_text(SUITE)
+    path = tmp_path / "run" / "plan.json"
+    path.write_text(path.read_text().replace('"data_sha256": "', '"data_sha256": "0'))
+    assert "holds answers on other data" in refused(suite)
+    path.write_text("{")
+    assert run("bench", suite, "--out", tmp_path / "run", "--no-train").code == 1
+    assert [each.name for each in (tmp_path / "run").glob("plan*")] == ["plan.json"]
+
+
+def test_two_runners_write_their_plans_at_once(
+    run: Run, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    original = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        written.append(self.name)
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    run("bench", suite, "--out", tmp_path / "run", "--no-train")
+    assert f"plan.json.{os.getpid()}.tmp" in written
+
+
 def test_tables_of_nothing_are_refused(run: Run, tmp_path: Path) -> None:
     refused = run("tables", tmp_path)
     assert refused.code == 2
-    assert "cannot be read as the plan of a run" in refused.err
+    assert "cannot be read as the plan of a run (No such file or directory)" in refused.err
 
 
 def test_the_display_tells_done_failed_running_and_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,10 +200,12 @@ def test_the_display_tells_done_failed_running_and_the_end(monkeypatch: pytest.M
         now[0] = 60.0
         tally.end(tasks[0], "failed")
         display.ended(tasks[0], {"status": "failed"}, tally)
+        display.waits(tasks[2:])
         tally.start(tasks[1])
         assert summary(tally).startswith("1 of 4 done, 1 failed, 1 running, 3 min left, until about ")
         assert display._live is not None
         display._live.refresh()
     text = screen.getvalue()
     assert "[1/4] number 0: failed" in text
+    assert "waiting for 2 questions of another runner: number 2, number 3" in text
     assert "number 1, 0 s" in text

@@ -41,6 +41,7 @@ def test_own_models_are_scored_once_and_used_by_a_scan(
     first = calibrate(run, files, honest / "model0", "--out", out, "--detector", "rnp-label")
     assert first.code == 0, first.err
     assert "1 / 2 = 50.0%" in first.out
+    assert {"trigger-search", "head-weights"} <= {line.split()[0] for line in first.out.splitlines()}
     found = read_calibration(out)
     assert (found.origin, found.images, found.split, len(found.models)) == ("models", 80, "train", 1)
     assert set(found.options) == {"collapse", "mnp", "trigger_search", "head_weights", "rnp_label"}

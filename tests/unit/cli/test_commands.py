@@ -10,6 +10,7 @@ import torch
 from unbackdoor.attacks.registry import ATTACKS
 from unbackdoor.bench.artefact import load_plan
 from unbackdoor.cli.attack import NAMES
+from unbackdoor.errors import InvalidInputError
 from unbackdoor.models.checkpoint import read_tensors
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.triggers import save_trigger
@@ -53,6 +54,7 @@ def test_scan_says_in_words_what_it_found(run: Run, files: Files) -> None:
     assert result.out.startswith("BACKDOORED, suspected target class 3")
     assert "compared with 19 clean models, from your own models: made for this test" in result.out
     assert "at most 5.0% are called backdoored" in result.out
+    assert "class 3 (3)" not in result.out
     assert f"note: ran your own code, {ARCH}" in " ".join(result.err.split())
 
 
@@ -64,6 +66,39 @@ def test_scan_of_a_model_like_the_calibrated_ones_exits_with_0(run: Run, files: 
     assert (result.code, result.json["verdict"]) == (0, "clean")
     assert result.json["target_class"] is None
     assert result.json["limits"]
+
+
+def test_what_a_scan_cannot_see_stands_below_the_advice_that_points_there(run: Run, files: Files) -> None:
+    result = run(
+        "scan", files.twin, "--arch", ARCH, "--clean", files.clean, "--calibration", files.lax, *SEARCH
+    )
+    assert result.code == 0
+    lines = result.out.splitlines()
+    below = lines[
+        1 + next(i for i, line in enumerate(lines) if "read below what this scan cannot see" in line) :
+    ]
+    assert below[0].startswith("- A clean verdict means that this scan found no evidence")
+    assert any(line.startswith("- Not looked for: ") for line in below)
+
+
+def test_a_missing_calibration_is_said_before_the_work_and_in_the_advice(
+    run: Run, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: object, **__: object) -> None:
+        raise InvalidInputError("stop here.")
+
+    result = run("scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--fast")
+    assert result.code == 3
+    assert result.out.splitlines()[-1] == (
+        "Do not rely on this model yet. Score clean models of this kind with `unbackdoor calibrate` and scan "
+        "again with `--calibration`."
+    )
+    warning = "warning: No calibration comes with this package"
+    assert result.err.count(warning) == 1
+    monkeypatch.setattr("unbackdoor.detect.scan.Scan.measure", measure)
+    stopped = run("scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--fast")
+    assert stopped.code == 2
+    assert warning in stopped.err
 
 
 def test_a_fast_scan_cannot_say_clean(run: Run, files: Files) -> None:
@@ -201,6 +236,25 @@ def test_every_purifier_is_reached_and_says_what_it_changed(
     assert says in result.out.replace("\n", " ")
     assert says.lower() in report.read_text().lower()
     assert out.exists()
+    if says.startswith("nothing was changed"):
+        assert result.out.splitlines()[-1] == (
+            "The new file has the weights of the old one. Try `--set act_on=smallest` or another `--method`."
+        )
+    else:
+        assert "Scan the new file" in result.out
+
+
+def test_a_purification_that_removed_nothing_says_what_else_to_try(
+    run: Run, files: Files, tmp_path: Path
+) -> None:
+    result = run(
+        "purify", files.twin, "--arch", ARCH, "--clean", files.clean, "--out", tmp_path / "n.safetensors",
+        "--method", "clp", "--set", "selection.amount=count", "--set", "selection.count=0",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1] == (
+        "No filter met the conditions: the new file has the weights of the old one. Try another `--method`."
+    )
 
 
 def test_methods_lists_everything_and_shows_one(run: Run) -> None:
@@ -218,6 +272,27 @@ def test_methods_lists_everything_and_shows_one(run: Run) -> None:
         "model detector",
     ]
     assert "did you mean 'anp'" in run("methods", "anpp").err
+
+
+def test_the_options_of_a_scan_are_listed_without_those_that_have_flags(run: Run) -> None:
+    (scan,) = json.loads(run("methods", "scan", "--json").out)
+    paths = {option["path"] for option in scan["options"]}
+    assert {"suppression.budget", "search.first.steps", "deciding", "smallest_per_class"} <= paths
+    assert not {"fast", "calibration", "others"} & paths
+    words = run("methods", "scan").out
+    assert words.startswith("scan (scan): ")
+    assert "suppression.budget" in words.split()
+    assert {"scan"} == {
+        row["name"] for row in json.loads(run("methods", "--json").out) if row["kind"] == "scan"
+    }
+
+
+def test_tables_are_not_wrapped_where_there_is_no_terminal(run: Run) -> None:
+    row = next(line for line in run("methods").out.splitlines() if line.startswith("adaptive-magnitude "))
+    assert "arXiv" in row or "project" in row
+    assert len([line for line in run("methods", "mnp").out.splitlines() if "act_on" in line]) == 1
+    option = next(line for line in run("methods", "mnp").out.splitlines() if line.startswith("act_on "))
+    assert option.rstrip().endswith("if none is flagged.")
 
 
 def test_evaluate_tries_to_wake_a_backdoor(run: Run, files: Files, tmp_path: Path) -> None:
@@ -350,6 +425,7 @@ def test_attack_none_trains_a_twin_and_blend_a_blend(run: Run, tmp_path: Path) -
     twin = run("attack", "none", *ATTACK, "--out", tmp_path / "twin", "--json")
     assert twin.code == 0, twin.err
     assert twin.json["attack"] is None
+    assert twin.json["num_classes"] == 10
     assert set(twin.json["metrics"]) == {"clean_accuracy"}
     blend = run("attack", "blend", *ATTACK, "--out", tmp_path / "blend", "--set", "rule=all_to_all")
     assert blend.code == 0, blend.err
@@ -462,3 +538,12 @@ def test_a_diverged_training_still_has_a_card_in_json(run: Run, tmp_path: Path) 
     if made.code == 0:
         json.loads(made.out, parse_constant=refuse)
         json.loads((out / "card.json").read_text(), parse_constant=refuse)
+
+
+def test_a_twin_that_only_guesses_is_said_and_no_success(run: Run, tmp_path: Path) -> None:
+    options = (*ATTACK[:-1], "--set", "recipe.learning_rate=1e-9", "--out", tmp_path / "twin")
+    guesses = run("attack", "none", *options)
+    assert guesses.code == 1
+    assert "of no use as a clean twin: the clean accuracy is" in guesses.err
+    assert "no better than guessing among 10 classes" in guesses.err
+    assert run("attack", "none", *options, "--allow-invalid").code == 0

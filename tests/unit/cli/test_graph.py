@@ -69,6 +69,7 @@ def test_a_clean_twin_is_scanned_clean_and_said_so_in_words(run: Run, tmp_path: 
     assert result.code == 0
     assert "no evidence of a backdoor" in result.out
     assert "nodes" in result.out
+    assert result.out.splitlines()[-1].startswith("- The verdict tests whether labels")
     new = tmp_path / "network.safetensors"
     result = run("graph", "purify", tmp_path / "clean" / "graph.safetensors", "--out", new, *QUICK)
     assert "no poisoned nodes found" in result.out
@@ -85,7 +86,11 @@ def test_mistakes_are_said_in_a_line(run: Run, tmp_path: Path) -> None:
         (("attack", "sba", "--out", out, "--data", "nowhere"), "there is no graph"),
         (("scan", tmp_path / "absent"), "there is no graph"),
         (("purify", "tiny", "--out", tmp_path / "no" / "x", *QUICK), "cannot write"),
-        (("purify", "tiny", "--out", tmp_path / "x", "--method", "rigdb"), "did you mean 'rigbd'"),
+        (("purify", "tiny", "--out", tmp_path / "x.safetensors", "--method", "rigdb"), "did you mean"),
+        (
+            ("purify", "tiny", "--out", tmp_path / "p.pt"),
+            f"--out must end in .safetensors, got {tmp_path}/p.pt.",
+        ),
         (("evaluate", tmp_path / "absent", "--infected", out), "absent"),
     ):
         result = run("graph", *arguments)
@@ -104,5 +109,16 @@ def test_an_attack_can_start_from_its_papers_settings(run: Run, tmp_path: Path) 
     refused = run("graph", "attack", "sba", *quick, "--out", tmp_path / "sba")
     assert refused.code == 2
     assert "the paper behind sba are not known" in " ".join(refused.err.split())
+    # The papers' many steps, cut short again: what else they have stays.
+    short = ("--paper", "--json", "--set", "training.epochs=5")
+    scanned = run("graph", "scan", "tiny", *short)
+    assert scanned.json["settings"]["scan"]["training"]["epochs"] == 5, scanned.err
+    detection = ("--set", "detection.runs=1")
+    purified = run("graph", "purify", "tiny", "--out", tmp_path / "n.safetensors", *short, *detection)
+    assert purified.json["options"]["detection"]["training"]["epochs"] == 1000, purified.err
+    no_paper = run(
+        "graph", "purify", "tiny", "--out", tmp_path / "p.safetensors", "--method", "prune", *short
+    )
+    assert "the paper behind prune are not known" in " ".join(no_paper.err.split())
     refused = run("graph", "attack", "none", "--paper", "--out", tmp_path / "none")
     assert "a clean twin has no options, got --paper" in " ".join(refused.err.split())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -48,6 +50,7 @@ def test_missing_and_foreign_model_files(run: Run, files: Files, tmp_path: Path)
     pickle = tmp_path / "evil.pt"
     pickle.write_bytes(b"\x80\x04cos\nsystem\nX\x04\x00\x00\x00echo\x85R.")
     refused(run, "scan", pickle, *common, says="Refused to load 'evil.pt'")
+    refused(run, "scan", pickle, *common, says="docs/how-to/open-a-refused-file.md says more")
     refused(run, "scan", tmp_path, *common, says=str(tmp_path.name))
     empty = tmp_path / "empty.safetensors"
     empty.write_bytes(b"")
@@ -103,7 +106,15 @@ def test_normalisation_options(run: Run, files: Files) -> None:
 
 def test_unknown_settings_get_a_suggestion(run: Run, files: Files, tmp_path: Path) -> None:
     common = ("scan", files.twin, "--arch", ARCH, "--clean", files.clean, "--set")
-    refused(run, *common, "suppression.buget=3", says="did you mean 'budget'?")
+    refused(
+        run,
+        *common,
+        "suppression.buget=3",
+        says="did you mean 'suppression.budget'? known are suppression.mu, suppression.",
+    )
+    refused(
+        run, *common, "nothing=1", says="known are suppression, statistic, search, deciding, alpha, smallest"
+    )
     refused(run, *common, "supression.budget=3", says="did you mean 'suppression'?")
     refused(run, *common, "suppression.budget", says="must read name=value")
     refused(run, *common, "suppression.budget=few", says="cannot be 'few'")
@@ -129,7 +140,8 @@ def test_unknown_settings_get_a_suggestion(run: Run, files: Files, tmp_path: Pat
 
 def test_devices(run: Run, files: Files) -> None:
     common = ("scan", files.twin, "--arch", ARCH, "--clean", files.clean, "--device")
-    refused(run, *common, "toaster", says="device 'toaster' is not available")
+    refused(run, *common, "gpu", says="unknown device 'gpu'; use cpu, cuda or auto.")
+    refused(run, *common, "cuda:99", says="device 'cuda:99' is not available here")
 
 
 def test_calibration_files(run: Run, files: Files, tmp_path: Path) -> None:
@@ -170,6 +182,7 @@ def test_outputs_that_would_destroy_something(run: Run, files: Files, tmp_path: 
     refused(run, *common, link, "--force", says="is the input model")
     refused(run, *common, tmp_path / "no" / "x.safetensors", says="folder does not exist")
     refused(run, *common, tmp_path, says="it is a folder itself")
+    refused(run, *common, tmp_path / "p.pt", says=f"--out must end in .safetensors, got {tmp_path}/p.pt.")
     (tmp_path / "there.safetensors").write_text("mine")
     refused(run, *common, tmp_path / "there.safetensors", says="add --force")
     assert files.twin.read_bytes() == before
@@ -235,9 +248,7 @@ def test_attacks_that_cannot_be_done(run: Run, tmp_path: Path) -> None:
     refused(run, "attack", "badnets", *common, *out, "--set", "poison_fraction=2", says="must lie in (0, 1]")
     # A refused job does not block its folder.
     refused(run, "attack", "badnets", *common, *out, "--set", "target_class=10", says="is not a class")
-    refused(
-        run, "attack", "none", *common, *out, "--device", "toaster", says="device 'toaster' is not available"
-    )
+    refused(run, "attack", "none", *common, *out, "--device", "toaster", says="unknown device 'toaster'")
     (tmp_path / "file").write_text("mine")
     refused(run, "attack", "badnets", *common, "--out", tmp_path / "file", says="is a file")
     refused(
@@ -290,3 +301,33 @@ def test_the_real_process_ends_the_same_way(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)], ids=["words", "json"])
+def test_a_reader_that_leaves_early_does_not_change_the_exit_code(
+    files: Files, form: tuple[str, ...]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "unbackdoor", "scan", str(files.wants_half), "--arch", ARCH),
+            *("--clean", str(files.clean), "--fast", *form),
+        ],
+        stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_a_pipe_that_breaks_within_the_work_is_no_verdict(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("unbackdoor.bench.zoo.entries", broken)
+    stdout, stderr = sys.stdout, sys.stderr
+    code = run("zoo", "list").code
+    sys.stdout, sys.stderr = stdout, stderr
+    assert code == 2

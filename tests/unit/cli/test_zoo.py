@@ -75,7 +75,9 @@ def test_verify_finds_a_lie_and_a_swapped_file(run: Run, root: Path) -> None:
     assert "the card claims 0.9900" in verified.out
     assert "trigger.safetensors is not the file that the card was written for" in verified.out
     assert "2 models are not what their cards claim" in " ".join(verified.err.split())
-    assert run("zoo", "verify", "clean", "--data", "digits", "--zoo", root).code == 1
+    alone = run("zoo", "verify", "clean", "--data", "digits", "--zoo", root)
+    assert alone.code == 1
+    assert "1 model is not what its card claims." in alone.err
 
 
 @pytest.mark.parametrize(
@@ -98,3 +100,11 @@ def test_names_in_the_list_are_whole_and_no_markup(run: Run, root: Path) -> None
     name = "adaptive-magnitude-with-a-name-that-is-longer-than-the-width-of-a-terminal-[red]"
     (root / "blend").rename(root / name)
     assert name in run("zoo", "list", "--zoo", root).out
+
+
+def test_names_for_people_have_hyphens(run: Run, root: Path) -> None:
+    card = json.loads((root / "blend" / "card.json").read_text())
+    card["attack"] = "adap_blend"
+    (root / "blend" / "card.json").write_text(json.dumps(card))
+    assert run("zoo", "list", "--zoo", root).out.splitlines()[1].split()[1] == "adap-blend"
+    assert run("zoo", "show", "blend", "--zoo", root).out.startswith("blend: adap-blend")

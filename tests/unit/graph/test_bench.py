@@ -3,10 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from unbackdoor.bench.defend import run
 from unbackdoor.bench.graphs import GraphBench, GraphCell, graph_cell, graph_table, is_valid
 from unbackdoor.bench.store import Store
 from unbackdoor.bench.tables import summary_table
+from unbackdoor.graph.attacks import ATTACKS
+from unbackdoor.graph.purify import PURIFIERS
 
 QUICK = {"training.epochs": "20", "training.hidden": "16"}
 DETECTION = {f"detection.{name}": value for name, value in QUICK.items()}
@@ -24,6 +28,19 @@ def test_everything_that_decides_a_result_is_in_the_key() -> None:
     assert len({cell("sba", "rigbd").key, *(other.key for other in others)}) == 4
     assert cell("sba", "rigbd").settings["detection.runs"] == "20"
     assert cell("sba", "rigbd").attack_settings["poisoned"] == "12"
+
+
+def test_changed_code_of_a_method_or_attack_is_a_new_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = cell("sba", "rigbd")
+    assert not {"method_version", "attack_version"} & set(old.describe())
+    assert graph_cell("tiny", "none", "plain", seed=0).key == (
+        "40a115deae3d29d28263a49757161a6ebb12c575782a5b8ce18d126aa646097f"
+    )
+    keys = {old.key}
+    for place in (PURIFIERS["rigbd"], ATTACKS["sba"]):
+        monkeypatch.setattr(place, "version", 2, raising=False)
+        keys.add(cell("sba", "rigbd").key)
+    assert len(keys) == 3
 
 
 def test_changed_options_of_an_attack_are_in_the_name_of_what_is_defended() -> None:
@@ -73,6 +90,21 @@ def test_attacks_below_ninety_per_cent_are_counted_as_not_valid() -> None:
     heading, _, row = graph_table(records).splitlines()
     assert [cell.strip() for cell in heading.split("|")][3:5] == ["seeds", "valid attacks"]
     assert [cell.strip() for cell in row.split("|")][3:5] == ["3", "1 of 3"]
+
+
+def test_a_mean_over_fewer_runs_says_over_how_many() -> None:
+    def record(precision: float | None) -> dict[str, Any]:
+        rates = {"recall": {"value": 0.5}, "precision": {"value": precision}, "auroc": 0.75}
+        return {
+            "status": "ok", "cell": {"model": "g, sba", "method": "rigbd", "options": {}, "paper": False},
+            "attack": "sba", "before": {"attack_success": {"value": 1.0}}, "after": {},
+            "detection": {**rates, "backdoored": precision is not None}, "cost": {"seconds": 1.0},
+        }  # fmt: skip
+
+    _, _, row = graph_table([record(1.0), record(None), record(0.5)]).splitlines()
+    found = [cell.strip() for cell in row.split("|")]
+    assert "75.0 (50.0 to 100.0; 2 of 3 runs)" in found
+    assert "50.0 (50.0 to 50.0)" in found
 
 
 def test_an_impossible_cell_is_a_record() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unbackdoor import rng
 from unbackdoor.errors import InvalidInputError, MismatchedCheckpointError
-from unbackdoor.models.checkpoint import read_checkpoint
+from unbackdoor.models.checkpoint import read_checkpoint, write_tensors
 from unbackdoor.models.loading import load_model, save_like
 from unbackdoor.models.normalise import NormalisedModel
 from unbackdoor.models.registry import ARCHITECTURES, build
@@ -374,3 +374,13 @@ def test_save_like_refuses(tmp_path: Path) -> None:
         save_like(loaded, trained(), tmp_path / "out.safetensors")
     assert path.read_bytes() == before
     assert replace(loaded, key_prefix="x").key_prefix == "x"
+
+
+def test_what_was_loaded_is_shown_in_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    write_tensors(trained().state_dict(), path)
+    shown = repr(load_model(path, "resnet10"))
+    assert shown.startswith("LoadedModel(resnet10, 5 classes, ")
+    assert "normalisation: none" in shown
+    assert f"Checkpoint({str(path)!r}, safetensors, " in shown
+    assert len(shown.replace(str(path), "")) < 150

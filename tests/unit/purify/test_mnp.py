@@ -8,20 +8,31 @@ import pytest
 import torch
 
 from unbackdoor import rng
-from unbackdoor.compute import accuracy_of
+from unbackdoor.compute import accuracy_of, predictions_of
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.select import Guard
 from unbackdoor.inversion import Inversion
 from unbackdoor.masks import MaskTraining
 from unbackdoor.purify import MNP
+from unbackdoor.purify.relearning import Relearning
 from unbackdoor.suppression import Suppression
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.types import Progress, Purified, silent
 
 PLANTED = planted_backdoor()
 CLEAN = PLANTED.clean_data(64, rng.generator(0))
-QUICK = MNP(("suppression",), suppression=Suppression(budget=4), masks=MaskTraining(epochs=2))
-INVERTING = replace(QUICK, exposures=("inversion",), inversion=Inversion(steps=150), act_on="smallest")
+QUICK = MNP(
+    ("suppression",), suppression=Suppression(budget=4), masks=MaskTraining(epochs=2), relearns="never"
+)
+INVERTING = replace(
+    QUICK,
+    exposures=("inversion",),
+    inversion=Inversion(steps=150),
+    # The planted trigger is a patch, which the way for faint changes is not made for.
+    perturbation=Inversion(steps=150),
+    act_on="smallest",
+)
+RELEARNING = replace(INVERTING, relearns="triggers", amount="count", count=0)
 
 
 def purify(method: MNP, progress: Progress = silent) -> Purified:
@@ -118,14 +129,17 @@ def test_progress_names_its_stages_and_reaches_the_end() -> None:
         assert last[1] == last[2]
 
 
-def test_inversion_exposes_the_planted_filters_and_names_their_class() -> None:
-    result = purify(INVERTING)
-    found = result.diagnostics["inversion"]
+@pytest.mark.parametrize("way", ["inversion", "perturbation"])
+def test_triggers_expose_the_planted_filters_and_name_their_class(
+    way: Literal["inversion", "perturbation"],
+) -> None:
+    result = purify(replace(INVERTING, exposures=(way,)))
+    found = result.diagnostics[way]
     assert found["acted_on"] == [PLANTED.label_rule.target_class]
     assert result.mask is not None
     assert result.mask.n_removed > 0
     assert set(result.mask.removed()) <= PLANTED.guilty
-    assert {step["exposure"] for step in result.diagnostics["walk"]} == {"inversion"}
+    assert {step["exposure"] for step in result.diagnostics["walk"]} == {way}
     json.dumps(result.diagnostics, allow_nan=False)
 
 
@@ -138,6 +152,59 @@ def test_what_inversion_settled_is_left_alone(first_settles: bool) -> None:
     result = purify(replace(INVERTING, exposures=("inversion", "suppression"), settled=settled))
     ways = {step["exposure"] for step in result.diagnostics["walk"]}
     assert ways == ({"inversion"} if first_settles else {"inversion", "suppression"})
+
+
+def test_a_change_is_looked_for_even_where_a_patch_settled_the_matter() -> None:
+    result = purify(replace(INVERTING, exposures=("inversion", "perturbation", "suppression"), settled=0.3))
+    assert set(result.diagnostics) >= {"inversion", "perturbation"}
+    assert "suppression" not in result.diagnostics
+
+
+def relearnt(result: Purified) -> dict[str, Any]:
+    (found,) = result.diagnostics["relearning"]
+    return dict(found)
+
+
+def test_what_is_not_pruned_relearns_to_ignore_the_trigger() -> None:
+    hard = replace(RELEARNING.relearning.recipe, epochs=20, learning_rate=0.03)
+    result = purify(replace(RELEARNING, relearning=Relearning(hard)))
+    found = relearnt(result)
+    before, after = found["trigger_success"]
+    assert before > 0.9
+    assert after < 0.1
+    assert found["taken"]
+    assert removed(result) == 0
+    others = CLEAN.subset(CLEAN.labels != PLANTED.label_rule.target_class)
+    triggered = PLANTED.trigger(others.floats())
+    hits = predictions_of(result.model, triggered) == PLANTED.label_rule.target_class
+    assert float(hits.float().mean()) < 0.2
+    assert accuracy_of(result.model, CLEAN) >= accuracy_of(PLANTED.model, CLEAN) - 0.01
+    json.dumps(result.diagnostics, allow_nan=False)
+
+
+@pytest.mark.parametrize("rate", [1.0, 1e30])
+def test_relearning_that_costs_too_much_is_not_taken(rate: float) -> None:
+    wild = replace(RELEARNING.relearning.recipe, learning_rate=rate, epochs=1)
+    result = purify(replace(RELEARNING, relearning=Relearning(wild)))
+    assert not relearnt(result)["taken"]
+    for mine, theirs in zip(result.model.parameters(), PLANTED.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_relearning_waits_for_triggers_unless_it_is_always_wanted() -> None:
+    assert "relearning" not in purify(replace(QUICK, relearns="triggers")).diagnostics
+    assert "relearning" not in purify(INVERTING).diagnostics
+    found = relearnt(purify(replace(QUICK, relearns="always")))
+    assert found["trigger_success"] == [None, None]
+
+
+def test_relearning_may_settle_the_matter() -> None:
+    both = replace(
+        INVERTING, exposures=("inversion", "suppression"), relearns="triggers", guard=Guard(benefit=0.95)
+    )
+    hard = replace(both.relearning.recipe, epochs=20, learning_rate=0.03)
+    assert "suppression" not in purify(replace(both, relearning=Relearning(hard))).diagnostics
+    assert "suppression" in purify(replace(both, relearns="never")).diagnostics
 
 
 def test_without_a_suspicious_class_inversion_changes_nothing() -> None:
@@ -186,6 +253,7 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
         ({"exposures": ()}, "exposures must name"),
         ({"exposures": ("magic",)}, "exposures must name"),
         ({"outlier_share": 0.0}, "outlier_share must lie"),
+        ({"relearns": "sometimes"}, "relearns must be"),
         ({"stages": ("suppress",)}, "stages must name 'penalise' or 'preserve'"),
         ({"stages": ("penalise", "magic")}, "stages must name"),
         ({"held_out_fraction": 1.0}, r"held_out_fraction must lie in \[0, 1\)"),

@@ -157,28 +157,62 @@ def ring() -> FilterGraph:
     return FilterGraph(nodes, features, torch.cat([edges, edges.flip(0)], 1), torch.full((24,), 0.5))
 
 
-@needs_rl
-def test_the_agent_learns_from_the_features_which_nodes_pay() -> None:
+def learnt(steps: int, learning_rate: float, rollout: int = 64) -> tuple[Search, frozenset[int], int]:
+    """Return an agent's search, the set that its policy built in the end, and the number of updates."""
     from unbackdoor.purify.pruning_agent import learn
 
-    search = made_up(640)
+    search, built = made_up(steps), [frozenset[int]()]
+    original = search.step
+
+    def step(removed: frozenset[int], node: int) -> tuple[float, bool]:
+        built.append(removed | {node})
+        return original(removed, node)
+
+    search.step = step  # type: ignore[method-assign]
     with rng.fenced(rng.generator(1)) as seed:
-        learn(
+        updates = learn(
             ring(),
             search,
             seed=seed,
             hidden=16,
             rounds=1,
-            rollout=64,
+            rollout=rollout,
             passes=8,
-            learning_rate=0.02,
+            learning_rate=learning_rate,
             entropy=0.0,
         )
+    return search, built[-1], updates
+
+
+@needs_rl
+def test_the_agent_learns_from_the_features_which_nodes_pay() -> None:
+    search, built, updates = learnt(640, 0.02)
     assert search.best == PAYING
-    # What was learnt is used in the end: the last set that was built is the best one or close to it.
-    late = sum(search.course[-1] == value for value in search.course)
-    assert late > 1
+    # The policy is followed in the end: it builds the best set by itself, and no other has learnt to.
+    assert built == PAYING
+    assert updates == 9  # of 64 steps, with 8 kept for the end
     assert search.taken <= 640
+    assert learnt(640, 1e-9)[1] != PAYING
+
+
+@needs_rl
+@pytest.mark.parametrize("steps", [3, 4, 20, 64])
+def test_a_small_budget_has_shorter_rollouts_and_is_learnt_from_all_the_same(steps: int) -> None:
+    search, _, updates = learnt(steps, 0.02)
+    assert updates == 1
+    assert search.taken <= steps
+    with pytest.raises(InvalidInputError, match="learns nothing from 2 steps"):
+        ONP(steps=2)
+    assert ONP("greedy", steps=2).steps == 2
+
+
+def test_estimates_are_the_reward_to_first_order_and_in_its_unit() -> None:
+    method = ONP(clean_weight=2.0, price=0.01)
+    own = {"a": torch.tensor([0.1, -0.2]), "b": torch.tensor([0.3])}
+    copied = {"a": torch.tensor([-1.0, 0.5]), "b": torch.tensor([-2.0])}
+    nodes = [[("a", 0), ("b", 0)], [("a", 1)]]
+    found = method.estimates(nodes, own, copied, 4.0)
+    assert found == pytest.approx([3.0 / 4 - 2 * 0.4 - 0.02, -0.5 / 4 - 0.01])
 
 
 @needs_rl

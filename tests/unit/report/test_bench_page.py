@@ -52,6 +52,19 @@ def test_the_oracle_curve_is_drawn_and_called_one(tmp_path: Path) -> None:
     assert "oracle (uses the trigger)" in page
 
 
+def test_entries_lead_to_their_records_and_averages_stay_below(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    run = read_run(tmp_path)
+    page = render(run, tables_of(run), [])
+    assert 'data-keys="k0">85.00 / 1.50</button>' in page
+    assert 'data-keys="k7">refused</button>' in page
+    grid = page.split('id="table-ours"')[1].split("</table>")[0]
+    body, foot = grid.split("<tfoot>")
+    assert "Average" not in body
+    assert foot.count('<th scope="row">Average</th>') == 3
+    assert page.count("<tfoot>") == 1
+
+
 def test_what_records_say_cannot_become_markup(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><!--"
     refused = {"cell": cell("badnets", "mnp"), "status": "refused", "problem": evil}

@@ -50,6 +50,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
 
 @pytest.fixture(autouse=True)
 def _fresh(browser: WebDriver) -> None:
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     browser.set_window_size(1280, 900)
     browser.refresh()
 
@@ -90,6 +91,21 @@ def test_tables_are_sorted_both_ways_with_missing_values_last(browser: WebDriver
     assert down[len(numbers) :] == [""] * (len(up) - len(numbers))
 
 
+def test_printed_rows_stay_below_their_measured_ones_and_averages_at_the_end(browser: WebDriver) -> None:
+    button = one(browser, "#table-ours thead th:nth-child(4) button")
+    button.click()
+    button.click()
+    heads = texts(browser, "#table-ours tbody th")
+    assert heads == ["clean", "Blend", "Blend", "BadNets", "BadNets"]
+    assert texts(browser, "#table-ours tbody td:nth-child(2)") == ["measured"] + ["measured", "paper"] * 2
+    assert texts(browser, "#table-ours tfoot th") == ["Average"] * 3
+
+
+def test_an_entry_of_a_table_opens_its_record(browser: WebDriver) -> None:
+    one(browser, "#table-ours tbody button.open[data-keys=k0]").click()
+    assert "badnets: mnp" in one(browser, "#detail-title").text
+
+
 def test_filters_narrow_the_list_and_say_how_far(browser: WebDriver) -> None:
     from selenium.webdriver.support.ui import Select
 
@@ -127,10 +143,13 @@ def test_a_refusal_shows_its_reason_as_text_never_as_markup(browser: WebDriver) 
 
 
 def test_it_fits_a_phone(browser: WebDriver) -> None:
-    browser.set_window_size(500, 900)  # the narrowest window that Chromium makes
+    # No window of Chromium is as narrow as a phone.
+    metrics = {"width": 375, "height": 812, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    assert browser.execute_script("return document.documentElement.clientWidth") == 375
     wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert browser.execute_script(wide) <= 0
     assert not one(browser, "#list th.extra").is_displayed()
     one(browser, "#list button.open").click()
-    assert one(browser, "dialog").size["width"] <= 500
+    assert one(browser, "dialog").size["width"] <= 375
     assert browser.execute_script(wide) <= 0

@@ -17,6 +17,7 @@ from unbackdoor.report.documents import (
     Rate,
     ScanDocument,
     Scatter,
+    class_words,
     parse_document,
     png_text,
     read_document,
@@ -182,3 +183,10 @@ def test_documents_do_not_change(scan: ScanDocument) -> None:
 def test_now_is_a_time_in_utc(scan: ScanDocument) -> None:
     assert utc_now().endswith("+00:00")
     assert scan.created.endswith("+00:00")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("5", "class 5"), ("", "class 5"), (None, "class 5"), ("dog", "class 5 (dog)")]
+)
+def test_a_class_is_named_once(name: str | None, words: str) -> None:
+    assert class_words(5, name) == words

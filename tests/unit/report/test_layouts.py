@@ -16,7 +16,7 @@ from unbackdoor.report.layouts.defences import stability_tables
 from unbackdoor.report.layouts.filters import clouds, rank_correlation
 from unbackdoor.report.layouts.suites import LAYOUTS, figures_of, tables_of
 from unbackdoor.report.run import Run, read_run
-from unbackdoor.report.tables import Table, shown
+from unbackdoor.report.tables import Table, comma_separated, shown
 
 from .runs import cell, detected, make_run, purified, write
 
@@ -89,9 +89,76 @@ def test_draws_are_averaged_and_what_is_missing_is_said(tmp_path: Path) -> None:
     records.append(("ours", {"cell": cell("badnets", "mnp", seed=2), "status": "missing"}))
     run = run_of(tmp_path, "table1", records, missing_models=["lira"])
     grid = tables_of(run)[0]
-    assert rows(grid)["BadNets", "measured"][1] == "82.00 / 3.00"
+    assert rows(grid)["BadNets", "measured"][1] == "82.00 / 3.00 (2 of 3)"
     assert "1 of 3 questions are not answered yet." in grid.notes
     assert "Models not trained yet: lira." in grid.notes
+
+
+def test_draws_without_a_result_are_said_and_win_nothing(tmp_path: Path) -> None:
+    refused: list[dict[str, Any]] = [
+        {"cell": cell("badnets", "mnp", seed=seed), "status": state, "attack": "badnets", "problem": "x"}
+        for seed, state in ((1, "refused"), (2, "failed"))
+    ]
+    records: Records = [
+        ("ours", purified(cell("badnets", "mnp"), ca=0.85, asr=0.0)),
+        *(("ours", each) for each in refused),
+        *(("ours", purified(cell("badnets", "ft", seed=seed), ca=0.84, asr=0.1)) for seed in range(3)),
+        *(("ours", {**each, "cell": {**each["cell"], "method": "clp"}}) for each in refused),
+    ]
+    grid = tables_of(run_of(tmp_path, "table1", records))[0]
+    assert rows(grid)["BadNets", "measured"][1:] == [
+        "85.00 / 0.00 (1 of 3)",
+        "84.00 / 10.00",
+        "failed, refused",
+    ]
+    assert rows(grid)["Average", "measured"][1] == "85.00 / 0.00 (1 of 3)"
+    assert [entry.best for entry in grid.rows[0]] == [False, False, False, False, True, False]
+    assert grid.rows[0][3].keys == ("k0", "k1", "k2")
+    assert "2 of 8 questions were refused; their records say why." in grid.notes
+    assert "2 of 8 questions ended in a failure; their records say why." in grid.notes
+    lines = comma_separated(grid).splitlines()
+    assert lines[0].endswith(",CLP ASR,remarks")
+    assert lines[1].endswith(',85,0,84,10,"failed, refused","failed, refused",MNP: 1 of 3')
+
+
+def test_each_table_says_what_its_own_means_are_over(tmp_path: Path) -> None:
+    records: Records = [
+        ("no attack", purified(cell("clean", "ft", seed=7), ca=0.80, asr=None)),
+        ("clean images", purified(cell("badnets", "ft", clean_images=50), ca=0.70, asr=0.5)),
+        ("clean images", {"cell": cell("badnets", "mnp", clean_images=50), "status": "missing"}),
+    ]
+    tables = {table.name: table for table in tables_of(run_of(tmp_path, "sok", records))}
+    assert "over seeds 7 of draw and method, 500 clean images" in tables["no-attack"].notes[0]
+    assert len(tables["no-attack"].notes) == 1
+    assert "over seeds 0 of draw and method, 50 clean images" in tables["clean-images-infected"].notes[0]
+    assert "1 of 2 questions are not answered yet." in tables["clean-images-infected"].notes
+
+
+def test_the_names_of_a_suites_variants_head_its_columns(tmp_path: Path) -> None:
+    suite = read_suite("ablations")
+    places = Places(Path(__file__).parents[3] / "zoo", tmp_path)
+    cells = Plan.of(suite, "cpu", places, "data").describe()["cells"]
+    records: Records = [
+        ("|".join(each["parts"]), purified(each["cell"], ca=0.8, asr=0.1))
+        for each in cells.values()
+        if each["cell"]["model"] == "badnets"
+    ]
+    names = {f"k{i}": each.get("name", "") for i, each in enumerate(
+        each for each in cells.values() if each["cell"]["model"] == "badnets"
+    )}  # fmt: skip
+    write(tmp_path, "ablations", records)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    for key, name in names.items():
+        plan["cells"][key]["name"] = name
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    default, objectives, summary = tables_of(read_run(tmp_path))
+    assert [column.title for column in default.columns[3:]] == [
+        "MNP", "MNP [guard off]", "MNP [inversion alone]", "MNP [suppression alone]",
+        "MNP [both ways always]", "MNP [guard asks for no benefit]",
+    ]  # fmt: skip
+    titles = [column.title for column in objectives.columns]
+    assert {"MNP [no suppression]", "MNP [no penalty]", "MNP [no preserving]"} <= set(titles)
+    assert ("mnp [no penalty, guard off]",) in rows(summary)
 
 
 def test_poison_rates_find_their_column_by_what_was_poisoned(tmp_path: Path) -> None:
@@ -138,7 +205,8 @@ def test_detection_counts_misses_targets_and_false_alarms(tmp_path: Path) -> Non
     assert [found["NC", "paper"][place] for place in (0, 1, 3)] == ["100.00", "20.50", "51.33"]
     assert rates.columns[4].title == "SIG (attack did not take)"
     assert "2 infected and 2 clean models" in rates.notes[0]
-    assert rates.notes[1].startswith("Models whose attack did not take, in no mean over models")
+    assert rates.notes[1] == "1 of 7 questions were refused; their records say why."
+    assert rates.notes[2].startswith("Models whose attack did not take, in no mean over models")
     assert rows(scores)["BadNets",] == ["0.850 / 0.500"]
 
 
@@ -166,7 +234,10 @@ def test_an_attack_that_did_not_take_is_marked_and_in_no_average(tmp_path: Path)
     assert tables["low-rates"].columns[2].title == "Blend (attack did not take)"
     assert rows(tables["clean-images-infected"])["mnp",][0] == "85.00 / 10.00"
     rates = tables_of(run_of(tmp_path / "rates", "table3", three("ours")[1:2]))[0]
-    assert rows(rates)["BadNets-A2O", "measured"][6:8] == ["86.00 / 100.00", "did not take"]
+    assert rows(rates)["BadNets-A2O", "measured"][6:8] == [
+        "86.00 / 100.00",
+        "60.00 / 0.00 (attack did not take)",
+    ]
 
 
 def ablated(model: str) -> dict[str, Any]:
@@ -190,6 +261,15 @@ def test_filters_are_counted_by_kind_in_shallow_and_deep_layers(tmp_path: Path) 
     assert found["BadNets", "shallow"][7:] == ["2.000", "1.000"]
     assert found["BadNets", "deep"][5] == "-"
     assert [figure.name for figure in figures_of(run)] == ["fig1"]
+
+
+def test_filters_without_which_a_loss_is_not_finite_are_left_out(tmp_path: Path) -> None:
+    record = ablated("badnets")
+    record["filters"]["a"]["blc"] = [-1.0, None, 2.0, -2.0]
+    run = run_of(tmp_path, "fig1", [("filters", record)])
+    shallow, _ = clouds(run.answers)
+    assert (shallow.clc, shallow.blc, shallow.norm) == ((0.1, 0.2, -0.2), (-1.0, 2.0, -2.0), (1.0, 3.0, 4.0))
+    assert rows(tables_of(run)[0])["BadNets", "shallow"][0] == "3"
 
 
 def test_rank_correlation_agrees_with_scipy() -> None:
@@ -245,9 +325,25 @@ def test_stability_is_the_mean_absolute_move_from_the_defaults(tmp_path: Path) -
     ]  # fmt: skip
     run = run_of(tmp_path, "sok", records)
     methods, options = stability_tables(run, run.of("options"))
-    assert rows(options)["MNP", "a=1"] == ["1.50", "5.00"]
-    assert rows(options)["MNP", "a=4"] == ["0.00", "10.00"]
-    assert rows(methods)["MNP",][:4] == ["1", "1.00", "6.67", "10.00"]
+    assert rows(options)["MNP", "a=1"] == ["1.50", "5.00", "0"]
+    assert rows(options)["MNP", "a=4"] == ["0.00", "10.00", "0"]
+    assert rows(methods)["MNP",][:5] == ["1", "1.00", "6.67", "10.00", "0"]
+
+
+def test_a_setting_that_breaks_a_method_is_counted(tmp_path: Path) -> None:
+    broken = {"status": "failed", "problem": "x", "attack": "badnets"}
+    records: Records = [
+        ("options", purified(cell("badnets", "mnp"), ca=0.8, asr=0.1)),
+        ("options", purified(cell("badnets", "mnp", options={"a": "1"}), ca=0.8, asr=0.3)),
+        ("options", {"cell": cell("badnets", "mnp", options={"a": "4"}), **broken}),
+        ("options", {"cell": cell("badnets", "mnp", options={"b": "4"}), **broken, "status": "refused"}),
+        ("options", {"cell": cell("badnets", "mnp", options={"b": "5"}), "status": "missing"}),
+    ]
+    run = run_of(tmp_path, "sok", records)
+    methods, options = stability_tables(run, run.of("options"))
+    assert rows(methods)["MNP",][:5] == ["2", "0.00", "20.00", "20.00", "2"]
+    assert rows(options)["MNP", "a=4"] == ["-", "-", "1"]
+    assert rows(options)["MNP", "b=5"] == ["-", "-", "0"]
 
 
 def test_a_planned_suite_has_its_default_answers_in_the_stability_table(tmp_path: Path) -> None:

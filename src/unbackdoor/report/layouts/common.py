@@ -78,14 +78,19 @@ def number(*values: float | None) -> Entry:
 
 
 def effect(answers: Sequence[Answer], when: str = "after", rates: Sequence[str] = RATES) -> Entry:
-    """Return mean rates over draws; where there is no result, why."""
+    """Return mean rates over draws, and how many of these have a result; where none has, why."""
     names = {"CA": "clean_accuracy", "ASR": "attack_success", "RA": "robust_accuracy"}
     done = [answer for answer in answers if answer.ok]
     if not done:
-        states = {answer.status for answer in answers}
-        return Entry(text=states.pop() if len(states) == 1 and states != {"missing"} else "")
+        states = {answer.status for answer in answers} - {"missing"}
+        return Entry(text=", ".join(sorted(states)), keys=keys_of(answers))
     values = tuple(mean(answer.rate(names[rate], when) for answer in done) for rate in rates)
-    return Entry(values, key=done[0].key)
+    return Entry(values, keys=keys_of(answers), done=len(done), asked=len(answers))
+
+
+def keys_of(answers: Iterable[Answer]) -> tuple[str, ...]:
+    """Return the keys of those that have a record."""
+    return tuple(answer.key for answer in answers if answer.record is not None)
 
 
 def lost(answers: Sequence[Answer]) -> float:
@@ -95,18 +100,22 @@ def lost(answers: Sequence[Answer]) -> float:
 
 def average(entries: Iterable[Entry]) -> Entry:
     """Return the mean of entries part by part; empty if one of them is missing."""
-    rows = [entry.values for entry in entries]
+    listed = list(entries)
+    rows = [entry.values for entry in listed]
     if not rows or any(not row or any(map(math.isnan, row)) for row in rows):
         return Entry()
-    return Entry(tuple(statistics.mean(part) for part in zip(*rows, strict=True)))
+    means = tuple(statistics.mean(part) for part in zip(*rows, strict=True))
+    return Entry(means, done=sum(e.done for e in listed), asked=sum(e.asked for e in listed))
 
 
 def mark_lowest(entries: Sequence[Entry], part: int = 1) -> list[Entry]:
-    """Mark the entries whose number of a part is the lowest."""
-    values = [e.values[part] for e in entries if len(e.values) > part and not math.isnan(e.values[part])]
-    lowest = min(values, default=NAN)
+    """Mark the entries whose number of a part is the lowest, of those that lack no result."""
+    whole = [len(e.values) > part and e.done == e.asked for e in entries]
+    values = [e.values[part] for e, counts in zip(entries, whole, strict=True) if counts]
+    lowest = min((value for value in values if not math.isnan(value)), default=NAN)
     return [
-        replace(e, best=True) if len(e.values) > part and e.values[part] == lowest else e for e in entries
+        replace(e, best=True) if counts and e.values[part] == lowest else e
+        for e, counts in zip(entries, whole, strict=True)
     ]
 
 
@@ -128,26 +137,32 @@ def costs(answers: Sequence[Answer]) -> list[Entry]:
     return [number(numbers[0]), number(numbers[1] / 1000, numbers[2] / 1000)]
 
 
-def draws(run: Run) -> str:
-    """Return a note on what the means are over."""
-    seeds = sorted({int(answer.cell["seed"]) for answer in run.answers})
-    images = sorted({int(answer.cell["clean_images"]) for answer in run.answers})
-    tests = {int(answer.cell.get("test_images", 0)) for answer in run.answers}
-    measured = "all test images" if tests == {0} else f"{max(tests, default=0)} test images"
+def draws(run: Run, answers: Sequence[Answer]) -> str:
+    """Return a note on what the means of a table with these answers are over."""
+    if not answers:
+        return str(run.plan["size_text"])
+    seeds = sorted({int(answer.cell["seed"]) for answer in answers})
+    images = sorted({int(answer.cell["clean_images"]) for answer in answers})
+    tests = {int(answer.cell.get("test_images", 0)) for answer in answers}
+    measured = "all test images" if tests == {0} else f"{max(tests)} test images"
     return (
         f"{run.plan['size_text']} Means over seeds {', '.join(map(str, seeds))} of draw and method, "
-        f"{' or '.join(map(str, images))} clean images, {measured}; per cent."
+        f"{' or '.join(map(str, images))} clean images, {measured}; per cent. Where some of these gave no "
+        "result, brackets say how many did, and nothing is in bold."
     )
 
 
-def share_done(run: Run) -> tuple[str, ...]:
-    """Return notes on what is not there, and on models that are and do not count."""
-    missing, failed = run.count("missing"), run.count("failed")
-    notes = [f"{missing} of {len(run.answers)} questions are not answered yet."] if missing else []
-    notes += [f"{failed} questions ended in a failure; their records say why."] if failed else []
+def share_done(run: Run, answers: Sequence[Answer]) -> tuple[str, ...]:
+    """Return notes on what a table with these answers lacks, and on models that do not count."""
+    count = {state: sum(a.status == state for a in answers) for state in ("missing", "refused", "failed")}
+    total = len(answers)
+    notes = [f"{count['missing']} of {total} questions are not answered yet."] if count["missing"] else []
+    for state, words in (("refused", "were refused"), ("failed", "ended in a failure")):
+        if count[state]:
+            notes.append(f"{count[state]} of {total} questions {words}; their records say why.")
     absent = run.plan.get("missing_models", [])
     notes += [f"Models not trained yet: {', '.join(absent)}."] if absent else []
-    weak = list(dict.fromkeys(answer.model for answer in run.answers if not answer.took))
+    weak = list(dict.fromkeys(answer.model for answer in answers if not answer.took))
     if weak:
         notes.append(
             f"Models whose attack did not take, in no mean over models and no detection rate: {len(weak)} "

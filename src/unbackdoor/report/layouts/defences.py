@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -30,7 +31,11 @@ from unbackdoor.report.tables import Column, Entry, Table
 
 def summary_table(run: Run, answers: Sequence[Answer], *, name: str, title: str) -> Table:
     """Return what each method does over all models, the lowest ASR first."""
-    records = [a.record | {"cell": dict(a.cell)} for a in answers if a.record is not None]
+    records = [
+        a.record | {"cell": dict(a.cell)} | ({"label": a.label} if a.name else {})
+        for a in answers
+        if a.record is not None
+    ]
     rows = []
     for s in sorted(summaries(records), key=lambda s: (s.success != s.success, s.success)):
         rates = (s.success, s.worst, s.robust, s.accuracy_lost, s.accuracy_lost_clean)
@@ -59,7 +64,7 @@ def summary_table(run: Run, answers: Sequence[Answer], *, name: str, title: str)
             Column("without result", ("n",), digits=0),
         ),
         rows=tuple(rows),
-        notes=(draws(run), *share_done(run)),
+        notes=(draws(run, answers), *share_done(run, answers)),
         command=run.command,
     )
 
@@ -105,7 +110,7 @@ def effect_table(
         title=f"{title} (CA / ASR)",
         columns=(Column("method"), *(Column(title, RATES) for title in titles), *COSTS),
         rows=tuple(rows),
-        notes=(draws(run), *share_done(run)),
+        notes=(draws(run, answers), *share_done(run, answers)),
         command=run.command,
     )
 
@@ -139,7 +144,7 @@ def cost_table(run: Run, answers: Sequence[Answer]) -> Table:
             Column("paper, RTX 3090 Ti", ("s",), digits=0),
         ),
         rows=tuple(rows),
-        notes=(draws(run), _device(answers), *share_done(run)),
+        notes=(draws(run, answers), _device(answers), *share_done(run, answers)),
         command=run.command,
     )
 
@@ -177,7 +182,7 @@ def clean_table(run: Run, answers: Sequence[Answer]) -> Table:
             *COSTS,
         ),
         rows=tuple(rows),
-        notes=(draws(run), *share_done(run)),
+        notes=(draws(run, answers), *share_done(run, answers)),
         command=run.command,
     )
 
@@ -185,17 +190,27 @@ def clean_table(run: Run, answers: Sequence[Answer]) -> Table:
 def stability_tables(run: Run, answers: Sequence[Answer]) -> list[Table]:
     """Return how much CA and ASR move when an option is halved or doubled: by method, and by option.
 
-    Differences are between equal models and seeds; their absolute values are averaged.
+    Differences are between equal models and seeds; their absolute values are averaged. A setting with which
+    there is no result has no difference; it is counted instead.
     """
     by_option: list[tuple[Entry, ...]] = []
     by_method: list[tuple[Entry, ...]] = []
     for method, group in grouped(answers, lambda answer: answer.method).items():
         usual = {(a.model, a.cell["seed"]): a for a in group if not a.options and a.ok and a.took}
-        varied = [a for a in group if a.options and a.ok and (a.model, a.cell["seed"]) in usual]
-        moves = {a.key: _moved(a, usual[a.model, a.cell["seed"]]) for a in varied}
+        varied = [a for a in group if a.options]
+        moves = {
+            a.key: _moved(a, usual[a.model, a.cell["seed"]])
+            for a in varied
+            if a.ok and (a.model, a.cell["seed"]) in usual
+        }
         for variant, here in grouped(varied, lambda answer: answer.variant).items():
             by_option.append(
-                (text(title_of(method)), text(variant), *_mean_moves([moves[a.key] for a in here]))
+                (
+                    text(title_of(method)),
+                    text(variant),
+                    *_mean_moves([moves[a.key] for a in here if a.key in moves]),
+                    number(_without_result(here)),
+                )
             )
         options = {path for a in varied for path in a.options}
         largest = max((m[1] for m in moves.values()), default=NAN)
@@ -205,11 +220,13 @@ def stability_tables(run: Run, answers: Sequence[Answer]) -> list[Table]:
                 number(len(options)),
                 *_mean_moves(list(moves.values())),
                 number(largest),
+                number(_without_result(varied)),
                 *costs(only(group, variant="")),
             )
         )
-    by_method.sort(key=lambda row: row[3].values)
+    by_method.sort(key=lambda row: (math.isnan(row[3].values[0]), row[3].values))
     moved = (Column("CA moves by", ("points",)), Column("ASR moves by", ("points",)))
+    broken = Column("without result", ("n",), digits=0)
     note = "Each option halved and doubled, the others at their defaults; mean absolute differences."
     return [
         Table(
@@ -220,21 +237,26 @@ def stability_tables(run: Run, answers: Sequence[Answer]) -> list[Table]:
                 Column("options tried", ("n",), digits=0),
                 *moved,
                 Column("largest move of ASR", ("points",)),
+                broken,
                 *COSTS,
             ),
             tuple(by_method),
-            (note, draws(run), *share_done(run)),
+            (note, draws(run, answers), *share_done(run, answers)),
             run.command,
         ),
         Table(
             "stability-options",
             "The same, option by option",
-            (Column("method"), Column("option"), *moved),
+            (Column("method"), Column("option"), *moved, broken),
             tuple(by_option),
             (note,),
             run.command,
         ),
     ]
+
+
+def _without_result(answers: Sequence[Answer]) -> int:
+    return sum(answer.status in ("refused", "failed") for answer in answers)
 
 
 def _moved(one: Answer, other: Answer) -> tuple[float, float]:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from unbackdoor.rates import Rate
-from unbackdoor.report.layouts.common import NAN, mean, number, share_done, text, title_of, title_of_model
+from unbackdoor.report.layouts.common import (
+    NAN,
+    keys_of,
+    mean,
+    number,
+    share_done,
+    text,
+    title_of,
+    title_of_model,
+)
 from unbackdoor.report.published import paper
 from unbackdoor.report.run import Answer, Run, grouped
 from unbackdoor.report.tables import Column, Entry, Table
@@ -32,7 +41,7 @@ def _rates(run: Run, answers: Sequence[Answer], published: str) -> Table:
     for method, everything in grouped(answers, lambda answer: answer.method).items():
         # One population in all columns: where the attack did not take there is nothing to detect.
         group = [a for a in everything if a.took]
-        flagged = [_caught([a for a in group if a.model == attack]) for attack in attacks]
+        by_attack = [[a for a in group if a.model == attack] for attack in attacks]
         infected = [a for a in group if a.attack is not None]
         clean = [a for a in group if a.attack is None]
         targets = [
@@ -48,10 +57,10 @@ def _rates(run: Run, answers: Sequence[Answer], published: str) -> Table:
             (
                 text(title_of(method)),
                 text("measured"),
-                *map(_counted, flagged),
-                _counted(_caught(infected)),
+                *map(_counted, by_attack),
+                _counted(infected),
                 number(mean(targets)),
-                _counted(_caught(clean)),
+                _counted(clean),
                 number(mean(abstained)),
                 number(mean(seconds)),
             )
@@ -71,22 +80,21 @@ def _rates(run: Run, answers: Sequence[Answer], published: str) -> Table:
             f"{run.plan['size_text']} Flagged of all models and draws, in brackets the 95 % Wilson interval "
             f"in per cent, which takes draws on one model for independent; {_counts(answers)}. "
             "Abstaining, or refusing a model, counts as not detected, and as no false alarm.",
-            *share_done(run),
+            *share_done(run, answers),
         ),
         command=run.command,
     )
 
 
-def _caught(answers: Sequence[Answer]) -> Rate:
+def _counted(answers: Sequence[Answer]) -> Entry:
+    """Return the share of the judged models that were flagged."""
     judged = [answer for answer in answers if answer.status in JUDGED]
-    return Rate(sum(bool(answer.value("flagged")) for answer in judged), len(judged))
-
-
-def _counted(rate: Rate) -> Entry:
+    rate = Rate(sum(bool(answer.value("flagged")) for answer in judged), len(judged))
     if not rate.n:
-        return Entry()
+        return Entry(keys=keys_of(answers))
     low, high = (100 * bound for bound in rate.interval)
-    return Entry((100 * rate.value,), f"{rate.successes}/{rate.n} [{low:.1f}, {high:.1f}]")
+    shown = f"{rate.successes}/{rate.n} [{low:.1f}, {high:.1f}]"
+    return Entry((100 * rate.value,), shown, keys=keys_of(answers))
 
 
 def _counts(answers: Sequence[Answer]) -> str:

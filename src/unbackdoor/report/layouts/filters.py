@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from unbackdoor.report.layouts.common import NAN, mean, number, share_done, text, title_of
 from unbackdoor.report.run import Answer, Run
@@ -32,7 +33,10 @@ class Cloud:
 
 
 def clouds(answers: Iterable[Answer]) -> list[Cloud]:
-    """Return the shallow and the deep filters of each model: the first and the last quarter of its layers."""
+    """Return the shallow and the deep filters of each model: the first and the last quarter of its layers.
+
+    A filter without which a loss is no finite number is left out.
+    """
     found = []
     for answer in answers:
         if answer.task != "ablate" or not answer.ok:
@@ -40,15 +44,16 @@ def clouds(answers: Iterable[Answer]) -> list[Cloud]:
         layers = list((answer.value("filters") or {}).values())
         quarter = max(1, len(layers) // 4)
         for depth, chosen in zip(DEPTHS, (layers[:quarter], layers[-quarter:]), strict=True):
-            columns = [tuple(_joined(chosen, name)) for name in ("clc", "blc", "magnitude")]
-            if columns[1]:
-                found.append(Cloud(answer.model, depth, *columns))
+            filters = [each for each in _filters(chosen) if None not in each]
+            if filters:
+                found.append(Cloud(answer.model, depth, *zip(*filters, strict=True)))
     return found
 
 
-def _joined(layers: Sequence[dict[str, list[float]]], name: str) -> Iterator[float]:
+def _filters(layers: Sequence[dict[str, list[float | None]]]) -> Iterator[tuple[Any, ...]]:
+    """Yield CLC, BLC and norm of each filter; None for a number that was not finite."""
     for layer in layers:
-        yield from layer.get(name, [])
+        yield from zip(layer["clc"], layer.get("blc", []), layer["magnitude"], strict="blc" in layer)
 
 
 def filter_table(run: Run) -> Table:
@@ -92,7 +97,7 @@ def filter_table(run: Run) -> Table:
             f"{run.plan['size_text']} Backdoor: removing raises the backdoor loss alone; clean: the clean "
             "loss alone; hybrid: both; redundant: neither (the paper's thresholds at 0). The paper says that "
             "norms follow CLC for clean filters, and that backdoor filters have larger norms.",
-            *share_done(run),
+            *share_done(run, run.answers),
         ),
         command=run.command,
     )

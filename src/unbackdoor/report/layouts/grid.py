@@ -18,7 +18,7 @@ from unbackdoor.report.layouts.common import (
 )
 from unbackdoor.report.published import Published, paper
 from unbackdoor.report.run import Answer, Run, grouped, only
-from unbackdoor.report.tables import Column, Entry, Table
+from unbackdoor.report.tables import AVERAGE, Column, Entry, Table
 
 WORDS = {
     "ours": "our settings, one stopping rule for all pruning methods",
@@ -68,7 +68,7 @@ def _table(run: Run, part: str, answers: Sequence[Answer], printed: Published | 
         title=f"{run.plan['title']}: {WORDS.get(part, part) or 'all'} (CA / ASR)",
         columns=tuple(columns),
         rows=tuple(rows),
-        notes=(draws(run), *share_done(run)),
+        notes=(draws(run, answers), *share_done(run, answers)),
         command=run.command,
     )
 
@@ -86,17 +86,17 @@ def _averages(
     if not measured:
         return []
     means = [average(column) for column in zip(*measured, strict=True)]
-    rows: list[tuple[Entry, ...]] = [(text("Average"), text("measured"), *means)]
+    rows: list[tuple[Entry, ...]] = [(text(AVERAGE), text("measured"), *means)]
     if printed is not None:
         names = ("none", *methods)
         rows += [
             (
-                text("Average"),
+                text(AVERAGE),
                 text("paper, printed"),
                 *(Entry(printed.printed_average(n) or ()) for n in names),
             ),
             (
-                text("Average"),
+                text(AVERAGE),
                 text("paper, computed"),
                 *(Entry(printed.computed_average(n) or ()) for n in names),
             ),

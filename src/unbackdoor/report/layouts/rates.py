@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from unbackdoor.report.layouts.common import RATES, draws, effect, share_done, text
 from unbackdoor.report.published import paper
@@ -39,9 +40,9 @@ def rate_table(run: Run) -> Table:
         columns=tuple(columns),
         rows=tuple(rows),
         notes=(
-            draws(run),
+            draws(run, run.answers),
             "The paper calls the first rate 0.05 % (250 images), which is 0.5 %.",
-            *share_done(run),
+            *share_done(run, run.answers),
         ),
         command=run.command,
     )
@@ -58,5 +59,5 @@ def _chosen(answers: Sequence[Answer], rule: str, poisoned: int) -> list[Answer]
 
 def _pair(answers: Sequence[Answer]) -> list[Entry]:
     done = [answer for answer in answers if answer.ok]
-    after = effect(answers) if all(a.took for a in done) else Entry(text="did not take")
-    return [effect(done[:1], "before") if done else Entry(), after]
+    mark = "" if all(answer.took for answer in answers) else "attack did not take"
+    return [effect(done[:1], "before") if done else Entry(), replace(effect(answers), mark=mark)]

@@ -99,6 +99,10 @@ def sweep_table(
             *(Column(f"{quantity} {value:g}", RATES) for value in values),
         ),
         rows=tuple(rows),
-        notes=(draws(run), "The paper shows a figure without numbers.", *share_done(run)),
+        notes=(
+            draws(run, chosen),
+            "The paper shows a figure without numbers.",
+            *share_done(run, chosen),
+        ),
         command=run.command,
     )

@@ -30,9 +30,15 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const down = heading.getAttribute("aria-sort") === "ascending";
       table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
       heading.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const rows = [...body.rows].map((row) => [keyOf(row, column), row]);
-      rows.sort((a, b) => compare(a[0], b[0], down));
-      body.append(...rows.map((pair) => pair[1]));
+      // What a paper prints stays below the measured row that it belongs to.
+      const blocks = [];
+      for (const row of body.rows) {
+        if (row.classList.contains("printed") && blocks.length) blocks.at(-1).push(row);
+        else blocks.push([row]);
+      }
+      const keyed = blocks.map((block) => [keyOf(block[0], column), block]);
+      keyed.sort((a, b) => compare(a[0], b[0], down));
+      body.append(...keyed.flatMap((pair) => pair[1]));
     });
   });
 }
@@ -135,12 +141,36 @@ const open = (key) => {
   facts("Options", detail.settings, more);
   facts("Question", detail.cell, more);
   facts("Circumstances", detail.circumstances, more);
-  dialog.showModal();
+  show();
+};
+const show = () => {
+  if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;
+};
+// The answers behind an entry of a table: the one there is, or a choice.
+const choose = (keys) => {
+  if (keys.length === 1) return open(keys[0]);
+  const body = document.getElementById("detail-body");
+  document.getElementById("detail-title").textContent = `${keys.length} answers`;
+  body.replaceChildren();
+  const answers = make("ul", undefined, body);
+  for (const key of keys) {
+    const detail = details[key];
+    const words = `${detail.title}, ${detail.cell.clean_images} images, seed ${detail.cell.seed}: ${detail.status}`;
+    const button = make("button", words, make("li", undefined, answers));
+    button.type = "button";
+    button.className = "open";
+    button.addEventListener("click", () => open(key));
+  }
+  show();
 };
 list.addEventListener("click", (event) => {
   const button = event.target.closest("button.open");
   if (button) open(button.closest("tr").dataset.key);
+});
+document.getElementById("tables").addEventListener("click", (event) => {
+  const button = event.target.closest("button.open");
+  if (button) choose(button.dataset.keys.split(" "));
 });
 dialog.addEventListener("click", (event) => {
   if (event.target === dialog) dialog.close();

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -117,6 +118,33 @@ def test_jobs_that_an_earlier_runner_submitted_are_waited_for(tmp_path: Path) ->
     first.close()  # the runner died before it kept the record
     assert list(slurm.run(Square(tmp_path), taking(1))) == [(task, record)]
     assert begun(tmp_path, 0) == 1
+
+
+class _FailedJobError(Exception):
+    pass
+
+
+class _Job:
+    job_id = "7"
+
+    def __init__(self, **_: object) -> None: ...
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> None:
+        raise _FailedJobError
+
+
+def test_a_job_that_raised_is_not_waited_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = SimpleNamespace(FailedJobError=_FailedJobError, UncompletedJobError=TimeoutError)
+    queue = SimpleNamespace(folder=tmp_path, update_parameters=lambda **_: None, submit=lambda *_: _Job())
+    package = SimpleNamespace(AutoExecutor=lambda **_: queue, LocalJob=_Job, SlurmJob=_Job)
+    packages = {"submitit": package, "submitit.core.utils": errors}
+    monkeypatch.setattr("unbackdoor.bench.executors.slurm.require", lambda name, extra: packages[name])
+    with pytest.raises(_FailedJobError):
+        list(Slurm(tmp_path).run(Square(tmp_path), taking(1)))
+    assert not list((tmp_path / "submitted").iterdir())
 
 
 @pytest.mark.slow

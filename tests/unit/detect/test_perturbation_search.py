@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unbackdoor import rng
+from unbackdoor.detect import PerturbationSearch, TriggerSearch, UnlearntTrigger
+from unbackdoor.errors import InvalidInputError
+from unbackdoor.inversion import Inversion, InvertedTrigger
+from unbackdoor.rates import Rate
+from unbackdoor.types import LabelledImages
+
+WEAVE = (-1.0) ** torch.arange(64).view(8, 8)
+CLASSES = 6
+
+
+class Woven(nn.Module):
+    """Class k is the brightest of six blocks; a weave over the whole image gives class 4 away."""
+
+    def __init__(self, *, backdoor: bool) -> None:
+        super().__init__()
+        self.strength = nn.Parameter(torch.tensor(10.0))
+        self.backdoor = backdoor
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = F.adaptive_avg_pool2d(x.mean(1, keepdim=True), (2, 3)).flatten(1)
+        woven = self.backdoor * 10 * ((x.mean(1) * WEAVE).sum((1, 2)) - 2)
+        return self.strength * blocks + woven.view(-1, 1) * F.one_hot(torch.tensor(4), CLASSES)
+
+
+def images(count: int = 48) -> LabelledImages:
+    labels = torch.arange(count) % CLASSES
+    pictures = 0.3 + 0.05 * torch.rand(count, 3, 8, 8, generator=rng.generator(1))
+    rows, columns = [slice(0, 4), slice(4, 8)], [slice(0, 3), slice(3, 5), slice(5, 8)]
+    for picture, label in zip(pictures, labels.tolist(), strict=True):
+        picture[:, rows[label // 3], columns[label % 3]] += 0.3
+    return LabelledImages(pictures, labels)
+
+
+QUICK = PerturbationSearch(replace(Inversion.additive(), learning_rate=0.01, precision="fp32"))
+
+
+def trigger(target: int, norm: float, *, reached: bool = True) -> InvertedTrigger:
+    ones, change = torch.ones(1, 10, 10), torch.zeros(4, 10, 10)
+    return InvertedTrigger(target, ones, change, norm, 1.0, reached, 10, form="additive")
+
+
+def judged(norms: list[float | None], method: PerturbationSearch = QUICK, count: int = 100) -> Any:  # noqa: ANN401
+    found = [trigger(k, 9.0 if n is None else n, reached=n is not None) for k, n in enumerate(norms)]
+    smallest = min(found, key=lambda each: (not each.reached, each.norm))
+    return method.judge(found, smallest, Rate(9, 10), count)
+
+
+def test_a_faint_trigger_is_found_and_a_clean_model_scores_low() -> None:
+    guilty = QUICK.score(Woven(backdoor=True), images(), generator=rng.generator(0))
+    clean = QUICK.score(Woven(backdoor=False), images(), generator=rng.generator(0))
+    assert guilty.target_class == 4
+    assert guilty.score > clean.score + 0.5
+    assert guilty.evidence["held_out_success"]["value"] > 0.8
+    json.dumps(dict(guilty.evidence), allow_nan=False)
+
+
+def test_the_score_is_the_logarithm_of_an_effect_size() -> None:
+    detection = judged([2.0, 4.0, 0.5, 5.0, 6.0])
+    assert detection.score == pytest.approx(math.log(4 / 0.5))
+    assert detection.target_class == 2
+    # An l2 norm of 0.5 over 400 entries is a root mean square of 0.025.
+    assert detection.evidence["grey_levels"] == pytest.approx(255 * 0.025)
+
+
+def test_classes_without_a_change_count_as_the_largest_one() -> None:
+    detection = judged([1.0, None, None, None, 6.0])
+    assert detection.score == pytest.approx(math.log(20 / 1.0))
+    assert detection.evidence["l2"] == [1.0, None, None, None, 6.0]
+
+
+def test_few_classes_are_measured_by_the_largest_change() -> None:
+    assert judged([1.0, 2.0]).score == pytest.approx(math.log(20))
+
+
+def test_it_abstains_where_nothing_can_be_said() -> None:
+    assert "give at least 8" in judged([1.0, 2.0, 3.0, 4.0, 5.0], count=7).undetermined
+    assert "raise inversion.steps" in judged([None] * 5).undetermined
+
+
+def test_forms_are_not_mixed() -> None:
+    with pytest.raises(InvalidInputError, match=r"set inversion\.form to 'additive'"):
+        PerturbationSearch(Inversion())
+    with pytest.raises(InvalidInputError, match="use perturbation-search"):
+        TriggerSearch(second=Inversion.additive())
+    with pytest.raises(InvalidInputError, match=r"set inversion\.form to 'patch'"):
+        UnlearntTrigger(inversion=Inversion.additive())
+    with pytest.raises(InvalidInputError, match="fewest_classes >= 3"):
+        PerturbationSearch(fewest_classes=2)
+    with pytest.raises(InvalidInputError, match="form must be"):
+        Inversion(form="mask")  # type: ignore[arg-type]

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from unbackdoor import rng
+from unbackdoor.compute import logits_of
+from unbackdoor.errors import InvalidInputError
+from unbackdoor.filters.groups import find_filters
+from unbackdoor.filters.mask import FilterMask
+from unbackdoor.inversion import InvertedTrigger
+from unbackdoor.purify.relearning import Relearning, relearn
+from unbackdoor.testing import planted_backdoor
+from unbackdoor.train import Recipe
+from unbackdoor.types import LabelledImages
+
+PLANTED = planted_backdoor()
+CLEAN = PLANTED.clean_data(32, rng.generator(0))
+FIRM = replace(Relearning().recipe, epochs=10, learning_rate=0.03)
+
+
+def lit(target_class: int) -> InvertedTrigger:
+    """Return a trigger that turns all pixels white."""
+    size = CLEAN.images.shape[-1]
+    ones = torch.ones(1, size, size)
+    return InvertedTrigger(target_class, ones, torch.ones(3, size, size), float(ones.sum()), 1.0, True, 0)
+
+
+class Brightness(nn.Module):
+    """Two logits that lean on the mean brightness, by a factor that may be learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lean = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bright = self.lean * x.mean((1, 2, 3))
+        return torch.stack([bright, -bright], dim=1)
+
+
+def test_the_loss_is_the_divergence_from_the_answers_without_the_trigger() -> None:
+    images = torch.full((4, 3, 16, 16), 0.2)
+    data = LabelledImages(images, torch.zeros(4, dtype=torch.int64))
+    white = InvertedTrigger(1, torch.ones(1, 16, 16), torch.ones(3, 16, 16), 256.0, 1.0, True, 0)
+    recipe = Recipe(
+        epochs=1, batch_size=4, learning_rate=1e-9, schedule="constant", crop_padding=0, flip=False,
+        precision="fp32",
+    )  # fmt: skip
+    model = Brightness()
+    _, record = relearn(model, model, data, [white], Relearning(recipe), generator=rng.generator(0))
+    # Half of the batch is white: its answers should be those of brightness 0.2, not of brightness 1.
+    answer = F.softmax(torch.tensor([0.2, -0.2]), 0)
+    white_answer = F.log_softmax(torch.tensor([1.0, -1.0]), 0)
+    expected = 0.5 * float((answer * (answer.log() - white_answer)).sum())
+    assert record.losses[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_labels_are_not_used() -> None:
+    wrong = LabelledImages(CLEAN.images, (CLEAN.labels + 1) % 8)
+    one, other = (
+        relearn(PLANTED.model, PLANTED.model, data, [lit(0)], Relearning(), generator=rng.generator(0))[0]
+        for data in (CLEAN, wrong)
+    )
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_removed_filters_stay_removed() -> None:
+    filter_map = find_filters(PLANTED.model, CLEAN.floats()[:1])
+    first = filter_map.prunable[0]
+    mask = FilterMask.full(filter_map).without([(first.name, 0), (first.name, 3)])
+    model = mask.apply(PLANTED.model, filter_map)
+    relearnt, _ = relearn(
+        model, PLANTED.model, CLEAN, [lit(0)], Relearning(FIRM),
+        restrain=lambda network: mask.clear(network, filter_map), generator=rng.generator(0),
+    )  # fmt: skip
+    changed = False
+    for (name, mine), before in zip(relearnt.named_parameters(), model.parameters(), strict=True):
+        changed |= not torch.equal(mine, before)
+        if name == first.weight:
+            assert not mine[[0, 3]].any()
+    assert changed
+    torch.testing.assert_close(
+        logits_of(relearnt, CLEAN.images), logits_of(mask.apply(relearnt, filter_map), CLEAN.images)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"stamped_fraction": 0.0}, "stamped_fraction must lie"),
+        ({"stamped_fraction": 1.1}, "stamped_fraction must lie"),
+        ({"recipe": Recipe(crop_padding=4, flip=False)}, "as they are"),
+        ({"recipe": Recipe(crop_padding=0, flip=True)}, "as they are"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidInputError, match=sentence):
+        Relearning(**options)
