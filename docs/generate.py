@@ -69,6 +69,10 @@ detectors of models are run and shown by `--detector NAME`.
 **Thresholds.** `calibration` takes the scores of clean models; a score is then flagged if its conformal p-value is at most
 `alpha`. In a scan they come from a file of `unbackdoor calibrate`. Without, a fixed threshold holds, each detector's own, whose
 false-positive rate is not known.
+
+**What was measured.** Detectors of models are what `benchmarks/detection_trial.py` compares. Detectors of training sets and inputs are measured by
+the suites alone: `ac`, `sc` and `strip` by `smoke` and `table4`; `rnp-sample`, `scale-up`, `ibd-psc` and `sc-an` by none, and they are tested
+on made-up cases only. Which suites were run says RESULTS.md.
 """
 
 SAMPLES_HEAD = """## Detectors of training sets and inputs

@@ -172,11 +172,10 @@ def check_fits(model: nn.Module, data: LabelledImages, *, purpose: str, at_least
     try:
         with torch.no_grad(), mode(model, training=False), torch.random.fork_rng(devices=[]):
             logits = model(as_float(data.images[:1].to(device_of(model))))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # a network of the user's own may check its inputs as its author likes
         raise UnsupportedModelError(
             f"the model cannot be run on one image of shape {tuple(data.images.shape[1:])} "
-            f"({next(iter(str(error).splitlines()), type(error).__name__)}); check the architecture and the "
-            "images."
+            f"({_why_not(model, data, error)}."
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -190,3 +189,15 @@ def check_fits(model: nn.Module, data: LabelledImages, *, purpose: str, at_least
             f"below {logits.shape[1]}; give the data that the model was trained for."
         )
     return int(logits.shape[1])
+
+
+def _why_not(model: nn.Module, data: LabelledImages, error: Exception) -> str:
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = data.images.shape[1]
+    if first is not None and first.in_channels != channels:
+        return (
+            f"its first convolution takes {first.in_channels} channel(s), not {channels}); give images of "
+            "the kind that it was trained on"
+        )
+    said = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return f"{said}); check the architecture and the images"

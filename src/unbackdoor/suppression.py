@@ -174,10 +174,11 @@ def suppress(
 
 def confusion_of(model: nn.Module, data: LabelledImages) -> Tensor:
     """Return counts ``(K, K)``, rows true class and columns prediction, int64 on the CPU."""
-    return _confusion(logits_of(model, data.images), data.labels)
+    return confusion_from(logits_of(model, data.images), data.labels)
 
 
-def _confusion(logits: Tensor, labels: Tensor) -> Tensor:
+def confusion_from(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the same counts from logits ``(N, K)`` and labels ``(N,)``."""
     classes = logits.shape[1]
     flat = labels.cpu() * classes + logits.argmax(1).cpu()
     return torch.bincount(flat, minlength=classes**2).view(classes, classes)
@@ -236,7 +237,7 @@ class _Run:
         tensors = (logits, *self.model.parameters(), *self.model.buffers())
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             return None
-        return Check(step, _confusion(logits, self.clean.labels))
+        return Check(step, confusion_from(logits, self.clean.labels))
 
     def _ascend(self, stream: Iterator[Batch], count: int) -> bool:
         """Take ``count`` ascent steps; return whether the losses stayed finite."""

@@ -54,6 +54,24 @@ def test_logits_do_not_depend_on_the_batch_size_or_the_mode(batch_size: int) -> 
     torch.testing.assert_close(logits, model.eval()(nets.images(7, size=8)).detach(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "error", [AssertionError, ValueError, KeyError, ZeroDivisionError, NotImplementedError]
+)
+def test_what_a_network_checks_of_its_inputs_is_a_sentence(error: type[Exception]) -> None:
+    class Strict(FirstPixels):
+        def forward(self, x: Tensor) -> Tensor:
+            raise error("wants 32 pixels") if x.shape[-1] == 8 else error
+
+    data = LabelledImages(nets.images(2, size=8), torch.tensor([0, 1]))
+    with pytest.raises(
+        UnsupportedModelError, match=r"wants 32 pixels.*; check the architecture and the images"
+    ):
+        compute.check_fits(Strict(), data, purpose="x")
+    small = LabelledImages(nets.images(2, size=4), torch.tensor([0, 1]))
+    with pytest.raises(UnsupportedModelError, match=rf"\({error.__name__}\); check the architecture"):
+        compute.check_fits(Strict(), small, purpose="x")
+
+
 def test_bytes_are_scaled_to_the_unit_interval() -> None:
     images = torch.tensor([0, 51, 255, 7], dtype=torch.uint8).view(1, 1, 2, 2)
     torch.testing.assert_close(compute.logits_of(FirstPixels(), images), torch.tensor([[0.0, 0.2, 1.0]]))

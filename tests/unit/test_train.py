@@ -230,7 +230,8 @@ def test_check_fits_says_what_does_not_fit() -> None:
         check_fits(awkward_model(), data, purpose="training", at_least=40)
     with pytest.raises(InvalidInputError, match="labels go up to 3, but the model has 2 outputs"):
         check_fits(awkward_model(classes=2), data, purpose="x")
-    with pytest.raises(UnsupportedModelError, match=r"cannot be run on one image of shape \(3, 12, 12\)"):
+    wanted = r"cannot be run on one image of shape \(3, 12, 12\) \(its first convolution takes 1 channel"
+    with pytest.raises(UnsupportedModelError, match=wanted):
         check_fits(awkward_model(channels=1), data, purpose="x")
     with pytest.raises(UnsupportedModelError, match=r"one tensor of logits \(N, K\), got \(1, 3, 12, 12\)"):
         check_fits(nn.Identity(), data, purpose="x")

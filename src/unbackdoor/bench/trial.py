@@ -23,8 +23,9 @@ from unbackdoor.bench.records import answered
 from unbackdoor.bench.runner import drive
 from unbackdoor.bench.store import Record, Store
 from unbackdoor.catalogue import find
+from unbackdoor.compute import check_fits
 from unbackdoor.data.splits import draw_balanced
-from unbackdoor.detect.calibration import options_of
+from unbackdoor.detect.calibration import Kind, options_of
 from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.detect.scan import Scan
 from unbackdoor.errors import InvalidInputError
@@ -40,7 +41,9 @@ SCAN = "scan"
 _GRID = {"name", "attack", "count", "seed", "epochs", "set", "vary", "arch", "width", "plain"}
 
 
-def expand(grids: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def expand(
+    grids: Sequence[Mapping[str, Any]], vary: Mapping[str, Sequence[Any]] | None = None
+) -> dict[str, dict[str, Any]]:
     """Spell out the models of some grids, for ``benchmarks/build_zoo.py``.
 
     Args:
@@ -48,6 +51,8 @@ def expand(grids: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             ``seed + i`` and takes, of each list in ``vary`` (option to values) and of a list of ``epochs``,
             the entry i modulo its length. Lists whose lengths have no common divisor meet in all
             combinations.
+        vary: The same for options of all grids, so that infected and clean models are trained alike: the
+            n-th model of all takes the entry n modulo the list's length, unless its grid varies that option.
 
     Returns:
         Model name to what a specification says of it.
@@ -67,12 +72,14 @@ def expand(grids: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             name = f"{grid['name']}-{index:02d}"
             if name in models:
                 raise InvalidInputError(f"two models of the trial are called {name!r}; rename a grid.")
-            models[name] = _model(grid, index)
+            shared = {option: values[len(models) % len(values)] for option, values in (vary or {}).items()}
+            models[name] = _model(grid, index, shared)
     return models
 
 
-def _model(grid: Mapping[str, Any], index: int) -> dict[str, Any]:
-    varied = {option: values[index % len(values)] for option, values in grid.get("vary", {}).items()}
+def _model(grid: Mapping[str, Any], index: int, shared: Mapping[str, Any]) -> dict[str, Any]:
+    own = {option: values[index % len(values)] for option, values in grid.get("vary", {}).items()}
+    varied = {**shared, **own}
     epochs = grid.get("epochs")
     found = {
         "attack": grid["attack"],
@@ -180,9 +187,7 @@ class Trial:
             "valid": entry.is_clean or bool(entry.card.get("validity", {}).get("valid", True)),
             "metrics": {name: entry.rate(name) for name in ("clean_accuracy", "attack_success")},
         }
-        return history | answered(
-            asked, lambda log: {"detections": self._detect(entry, asked, log)}, progress=progress
-        )
+        return history | answered(asked, lambda log: self._detect(entry, asked, log), progress=progress)
 
     def _detect(self, entry: zoo.Entry, asked: Question, progress: Progress) -> dict[str, Any]:
         model = zoo.load_network(entry)
@@ -190,12 +195,17 @@ class Trial:
         seed = asked.seed + int(asked.model_sha256[:8], 16)
         clean = draw_balanced(self.pool, asked.clean_images, rng.generator(seed))
         method, generator = _method(asked.detector, asked.options), rng.generator(seed)
+        classes = check_fits(model, clean, purpose="a trial")
+        kind = {"kind": Kind.of(model, clean, classes).model_dump(mode="json")}
+        started = time.perf_counter()
         if isinstance(method, Scan):
             measured = method.measure(model, clean, generator=generator, progress=progress)
-            return {each.name: _described(each.detection, each.seconds) for each in measured.evidence}
-        started = time.perf_counter()
-        found = method.score(model, clean, generator=generator, progress=progress)
-        return {method.name: _described(found, time.perf_counter() - started)}
+            # More than its detectors' own times, some of which share a run.
+            seconds = round(time.perf_counter() - started, 3)
+            found = {each.name: _described(each.detection, each.seconds) for each in measured.evidence}
+            return kind | {"detections": found, "scan_seconds": seconds}
+        detection = method.score(model, clean, generator=generator, progress=progress)
+        return kind | {"detections": {method.name: _described(detection, time.perf_counter() - started)}}
 
 
 def run(

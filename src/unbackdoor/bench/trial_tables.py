@@ -1,8 +1,8 @@
 """Tables of a detection trial: thresholds from one half of the clean models, figures from the other.
 
-With a calibration file the thresholds come from it, and all clean models are tested. Pure functions from
-records to Markdown. A model on which a detector abstains, or that it refuses, counts as not flagged: a miss
-where it is infected, and the lowest score where it is a clean model of the calibration.
+With a calibration file the thresholds come from it, and all clean models but its own are tested. Pure
+functions from records to Markdown. A model on which a detector abstains, or that it refuses, counts as not
+flagged: a miss where it is infected, and the lowest score where it is a clean model of the calibration.
 
 The row ``scan`` follows the scan's own rule (``detect.verdict.ground_of``), so that a model may also be
 inconclusive: not flagged, and not cleared either. The other detectors are inconclusive where they abstain.
@@ -16,15 +16,17 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from unbackdoor import rng
 from unbackdoor.bench.store import Record
 from unbackdoor.bench.tables import markdown, percent
-from unbackdoor.detect.calibration import CalibrationSet
+from unbackdoor.detect.calibration import CalibrationSet, Kind, completed
 from unbackdoor.detect.evidence import REQUIRED
 from unbackdoor.detect.joint import Joint, combine
+from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.detect.verdict import VERDICTS, Verdict, ground_of
 from unbackdoor.rates import Rate
 
@@ -59,9 +61,10 @@ class Scored:
         target: The attack's target, where it has one for all classes.
         poison_fraction: Share of the training images that were poisoned, 0 where that follows from the share
             of the target class; None if unknown.
-        scores: Detector that was asked to score; None where it abstained or refused.
+        scores: Detector that was asked, with the options that were set, to score; None where it abstained or
+            refused.
         targets: Detector to the class that it suspects, or None.
-        seconds: Detector to time.
+        seconds: Detector to time; ``scan`` to that of a whole scan.
     """
 
     name: str
@@ -156,31 +159,47 @@ class Column:
 
 
 def scored(records: Sequence[Record]) -> list[Scored]:
-    """Gather the records of each valid model; of several answers of a detector the last counts."""
+    """Gather the records of each valid model.
+
+    A detector with options that were set is told apart from the same one without, as in ``nc
+    [statistic=ratio]``. Of answers that were asked for alike, and given with other settings since a default
+    changed, those with the newest settings count.
+    """
+    newest = {
+        (record["cell"]["data"], _label(name, record["cell"])): _whole(name, settings)
+        for record in records
+        for name, settings in record["cell"].get("settings", {}).items()
+    }
     by_model: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if record.get("valid", True):
             cell = record["cell"]
             by_model.setdefault((cell["data"], cell["model"]), []).append(record)
-    return [_scored(data, name, found) for (data, name), found in sorted(by_model.items())]
+    return [_scored(data, name, found, newest) for (data, name), found in sorted(by_model.items())]
 
 
-def _scored(data: str, name: str, records: Sequence[Record]) -> Scored:
-    found = {
-        detector: detection
-        for record in records
-        if record["status"] == "ok"
-        for detector, detection in record["detections"].items()
-    }
-    refused = dict.fromkeys(
-        (
-            detector
-            for record in records
-            if record["status"] != "ok"
-            for detector in _asked(record["cell"]["detector"])
-        ),
-        None,
-    )
+def _scored(data: str, name: str, records: Sequence[Record], newest: Mapping[tuple[str, str], Any]) -> Scored:
+    scores: dict[str, float | None] = {}
+    found: dict[str, Mapping[str, Any]] = {}
+    seconds: dict[str, float] = {}
+    for record in records:
+        cell = record["cell"]
+        labels = {part: _label(part, cell) for part in _asked(record)}
+        settings = {part: _whole(part, options) for part, options in cell.get("settings", {}).items()}
+        asked = {
+            part: label for part, label in labels.items() if settings.get(part) == newest.get((data, label))
+        }
+        # What was answered once stays answered, whatever another try ended in.
+        scores |= {label: None for label in asked.values() if label not in scores}
+        if record["status"] != "ok":
+            continue
+        answers = {label: record["detections"][part] for part, label in asked.items()}
+        found |= answers
+        scores |= {label: answer["score"] for label, answer in answers.items()}
+        seconds |= {label: answer["seconds"] for label, answer in answers.items()}
+        if cell["detector"] == JOINT:
+            parts = sum(answer["seconds"] for answer in record["detections"].values())
+            seconds[_label(JOINT, cell)] = record.get("scan_seconds", parts)
     rule = records[-1].get("label_rule") or {}
     return Scored(
         name=name,
@@ -189,14 +208,82 @@ def _scored(data: str, name: str, records: Sequence[Record]) -> Scored:
         attack=records[-1]["attack"],
         target=rule.get("target_class") if rule.get("rule") == "all_to_one" else None,
         poison_fraction=records[-1].get("poison_fraction"),
-        scores={**refused, **{detector: each["score"] for detector, each in found.items()}},
-        targets={detector: each["target_class"] for detector, each in found.items()},
-        seconds={detector: each["seconds"] for detector, each in found.items()},
+        scores=scores,
+        targets={label: answer["target_class"] for label, answer in found.items()},
+        seconds=seconds,
     )
 
 
-def _asked(detector: str) -> tuple[str, ...]:
-    return REQUIRED if detector == JOINT else (detector.replace("-", "_"),)
+def _asked(record: Record) -> tuple[str, ...]:
+    """Return the detectors that a question was put to; all of its own for a scan."""
+    cell = record["cell"]
+    usual = REQUIRED if cell["detector"] == JOINT else (cell["detector"].replace("-", "_"),)
+    return tuple(cell.get("settings") or record.get("detections") or usual)
+
+
+def _whole(detector: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return settings with the options that did not exist yet, which move no score."""
+    known = MODEL_DETECTORS.get(detector)
+    return settings if known is None else completed(settings, known)
+
+
+def _label(detector: str, cell: Mapping[str, Any]) -> str:
+    given = ", ".join(cell.get("options", ()))
+    return f"{detector} [{given}]" if given else detector
+
+
+def _detector(label: str) -> str:
+    return label.partition(" [")[0]
+
+
+def comparable(records: Sequence[Record], calibration: CalibrationSet) -> tuple[list[Record], dict[str, int]]:
+    """Keep what a calibration file speaks of.
+
+    Args:
+        records: Of a trial.
+        calibration: Where thresholds come from.
+
+    Returns:
+        The records that it holds for, of several detectors those parts; and reason to the models that it
+        does not hold for, or that it was made from.
+    """
+    known = {model.sha256 for model in calibration.models} - {""}
+    kept, left_out = [], dict[str, set[tuple[str, str]]]()
+    for record in records:
+        cell = record["cell"]
+        settings = cell.get("settings", {})
+        parts = [name for name, options in settings.items() if _holds(calibration, name, options)]
+        kind = record.get("kind")
+        reason = (
+            "in the calibration itself"
+            if cell.get("model_sha256") in known
+            else f"not scored with {calibration.images} clean images"
+            if cell.get("clean_images", calibration.images) != calibration.images
+            else "of another kind"
+            if kind is not None and not Kind.model_validate(kind).is_like(calibration.kind)
+            else "scored by a detector with other options"
+            if len(parts) < len(settings)
+            else ""
+        )
+        if reason:
+            left_out.setdefault(reason, set()).add((cell["data"], cell["model"]))
+        if not reason or (parts and "options" in reason):
+            kept.append(_of_parts(record, parts) if settings else record)
+    return kept, {reason: len(models) for reason, models in left_out.items()}
+
+
+def _holds(calibration: CalibrationSet, name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a file says nothing of a detector, which then has no column, or was made with its options."""
+    noted = calibration.options.get(name)
+    return noted is None or _whole(name, noted) == _whole(name, options)
+
+
+def _of_parts(record: Record, parts: Sequence[str]) -> Record:
+    cell = record["cell"]
+    kept = {"cell": cell | {"settings": {name: cell["settings"][name] for name in parts}}}
+    if "detections" in record:
+        kept["detections"] = {name: record["detections"][name] for name in parts}
+    return record | kept
 
 
 def halves(models: Sequence[Scored]) -> tuple[list[Scored], list[Scored]]:
@@ -215,7 +302,8 @@ def columns(
         alpha: False-positive rate asked for; where the clean models cannot guarantee it, the smallest rate
             that they can.
         calibration: Where thresholds come from, for the detectors that it has, with whatever options it was
-            made; all clean models are then tested. Without it, one half of the clean models of each data set.
+            made (see ``comparable``); all clean models are then tested. Without it, one half of the clean
+            models of each data set.
     """
     found = []
     for data in dict.fromkeys(model.data for model in models):
@@ -223,17 +311,28 @@ def columns(
         clean = [model for model in here if model.is_clean]
         known, rest = ([], clean) if calibration else halves(clean)
         tested = [*rest, *(model for model in here if not model.is_clean)]
-        asked: dict[str, tuple[str, ...]] = {name: (name,) for model in here for name in model.scores}
-        if set(REQUIRED) <= set(asked):
-            asked[JOINT] = REQUIRED
-        for detector, parts in asked.items():
+        for detector, parts in _columns_of(here).items():
             if calibration is None:
                 rows = [_scores(model, parts) for model in known if set(parts) <= set(model.scores)]
             else:
-                rows = calibration.rows(parts)
+                rows = [
+                    {part: row[_detector(part)] for part in parts}
+                    for row in calibration.rows([_detector(part) for part in parts])
+                ]
             if rows or calibration is None:
                 found.append(_column(detector, parts, data, rows, tested, alpha))
     return found
+
+
+def _columns_of(models: Sequence[Scored]) -> dict[str, tuple[str, ...]]:
+    """Return each column's name with the detectors behind it; those of a scan have the same options."""
+    asked: dict[str, tuple[str, ...]] = {name: (name,) for model in models for name in model.scores}
+    for label in list(asked):
+        given = label.removeprefix(REQUIRED[0])
+        parts = tuple(f"{name}{given}" for name in REQUIRED)
+        if _detector(label) == REQUIRED[0] and set(parts) <= set(asked):
+            asked[f"{JOINT}{given}"] = parts
+    return asked
 
 
 def _column(
@@ -246,7 +345,9 @@ def _column(
 ) -> Column:
     asked = [model for model in tested if set(parts) <= set(model.scores)]
     rate = max(alpha, 1 / (len(rows) + 1))
-    times = [sum(model.seconds.get(part, 0.0) for part in parts) for model in asked]
+    times = [
+        model.seconds.get(detector, sum(model.seconds.get(part, 0.0) for part in parts)) for model in asked
+    ]
     return Column(
         detector=detector,
         data=data,
@@ -346,19 +447,26 @@ def _summary(column: Column, infected: Sequence[Outcome], clean: Sequence[Outcom
 
 
 def attack_table(found: Sequence[Column], data: str) -> str:
-    """Return the models of each group that each detector flags, on one data set."""
+    """Return the models of each group that each detector flags on one data set, and its AUC on them."""
     here = [column for column in found if column.data == data]
     outcomes = [outcome for column in here for outcome in column.outcomes]
     groups = sorted({outcome.model.group for outcome in outcomes if not outcome.model.is_clean})
     rows = [
         [
             group,
-            *(counted(_rate(column.of(clean=False, group=group), lambda o: o.flagged)) for column in here),
+            *(_caught(column, group) for column in here),
         ]
         for group in groups
     ]
     clean = ["clean", *(counted(_rate(column.of(clean=True), lambda o: o.flagged)) for column in here)]
     return markdown([data, *(column.detector for column in here)], [*rows, clean])
+
+
+def _caught(column: Column, group: str) -> str:
+    infected, clean = column.of(clean=False, group=group), column.of(clean=True)
+    area, _, _ = area_under_curve([o.statistic for o in clean], [o.statistic for o in infected], resamples=1)
+    rate = counted(_rate(infected, lambda o: o.flagged))
+    return rate if math.isnan(area) else f"{rate}, AUC {area:.2f}"
 
 
 def ratio_table(models: Sequence[Scored]) -> str:

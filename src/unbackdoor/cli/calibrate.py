@@ -96,6 +96,7 @@ def calibrate(
         origin="surrogates" if surrogates else "models",
         description=description or words,
         architecture=arch,
+        split=split or "",
         anew=force,
     )
     with console.progress_bar(hidden=as_json) as progress:

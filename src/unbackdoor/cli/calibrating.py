@@ -26,7 +26,7 @@ from unbackdoor.detect.calibration import (
 )
 from unbackdoor.detect.plausibility import check_plausible
 from unbackdoor.detect.scan import Scan
-from unbackdoor.errors import InvalidInputError
+from unbackdoor.errors import InvalidInputError, UnbackdoorError
 from unbackdoor.types import LabelledImages, Progress
 
 FILES = (".safetensors", ".pt", ".pth")
@@ -55,6 +55,7 @@ class Plan:
         scan: The scan that it is for; its detectors score the models.
         pool: Where each model's clean images are drawn from.
         images: How many are drawn.
+        split: The part of the data set that they are from; empty if unknown.
         seed: Draws and detectors follow it.
         origin: See ``CalibrationSet``.
         description: Which models these are, in words.
@@ -70,6 +71,7 @@ class Plan:
     origin: Origin
     description: str
     architecture: str
+    split: str = ""
     anew: bool = False
 
     def options(self) -> dict[str, dict[str, Any]]:
@@ -95,7 +97,14 @@ def calibrate(
     problem = "there are none"
     for index, entry in enumerate(models):
         progress("models", index, len(models))
-        network, digest = entry.load(progress)
+        try:
+            network, digest = entry.load(progress)
+        except UnbackdoorError as error:
+            if plan.origin == "surrogates":
+                raise  # a training that fails will fail for the others too
+            problem = str(error).rstrip(".")
+            say(f"left out: {entry.name}: {problem}")
+            continue
         known = {model.sha256 for model in found.models} if found else set()
         if digest in known:
             continue  # scored before an interruption, or the same file twice
@@ -174,6 +183,7 @@ def _begun(plan: Plan, kind: Kind, images: int) -> CalibrationSet:
         origin=plan.origin,
         kind=kind,
         images=images,
+        split=plan.split,
         options=plan.options(),
     )
 
@@ -187,8 +197,11 @@ def _started(plan: Plan) -> CalibrationSet | None:
     if plan.anew or not plan.out.exists():
         return None
     found = read_calibration(plan.out)
-    wanted = (plan.options(), plan.origin, plan.description, min(plan.images, len(plan.pool)))
-    if (found.options, found.origin, found.description, found.images) != wanted:
+    wanted = (plan.origin, plan.description, min(plan.images, len(plan.pool)))
+    same = (found.origin, found.description, found.images) == wanted
+    same = same and found.split in ("", plan.split)  # older files do not say
+    detectors = plan.scan.detectors()
+    if not same or set(found.options) != set(detectors) or not all(map(found.agrees, detectors.values())):
         raise InvalidInputError(
             f"{plan.out} holds a calibration made with other options, models or images; choose another "
             "--out, or add --force."

@@ -26,6 +26,12 @@ ADVICE = {
     "inconclusive": "Do not rely on this model yet: mend what is named above and scan again.",
 }
 
+CLOSE = (
+    "Do not rely on this model yet: scan it again with --seed 1, --seed 2 and other clean images; if it "
+    "stays close to the threshold, get it from another source or compare it with more clean models."
+)
+"""The advice where nothing is there to mend."""
+
 FLAGS = ("fast", "calibration", "others")
 """Options of a scan that the commands have flags of their own for."""
 
@@ -50,7 +56,6 @@ def scan_document(
     """Scan ``model`` and describe the result."""
     result = scan.run(model, clean, generator=rng.generator(seed), progress=progress)
     target = result.target_class
-    enough = len(clean) >= scan.smallest_per_class * info.num_classes
     return doc.ScanDocument(
         tool_version=unbackdoor.__version__,
         seconds=result.seconds,
@@ -59,7 +64,7 @@ def scan_document(
         clean_accuracy=rate(result.plausibility.accuracy),
         verdict=result.verdict,
         reason=sentence(result.reason),
-        advice=advice_on(result, enough_images=enough),
+        advice=advice_on(result),
         target_class=target,
         target_name=None if target is None else clean.name_of(target),
         confidence=None if result.confidence is None else doc.Confidence(**asdict(result.confidence)),
@@ -74,15 +79,12 @@ def scan_document(
     )
 
 
-def advice_on(result: ScanResult, *, enough_images: bool) -> str:
-    """Say what to do next.
-
-    Args:
-        result: Of a scan.
-        enough_images: Whether there were enough for a verdict.
-    """
+def advice_on(result: ScanResult) -> str:
+    """Say what to do next."""
+    if result.ground == "close":
+        return CLOSE
     deciding = [each.detection for each in result.evidence if each.decides]
-    told = enough_images and not any(each.undetermined for each in deciding)
+    told = not any(each.undetermined for each in deciding)
     uncompared = told and any(each.p_value is None for each in deciding)
     return UNCOMPARED if result.verdict == "inconclusive" and uncompared else ADVICE[result.verdict]
 

@@ -178,6 +178,7 @@ class CalibrationSet(_Part):
             the user's clean images.
         kind: Which networks it speaks of.
         images: Clean images that each model was scored with.
+        split: The part of the data set that they were drawn from; empty if unknown.
         options: Detector to the options it was run with; its scores hold for these only.
         models: One entry a model.
     """
@@ -187,6 +188,7 @@ class CalibrationSet(_Part):
     origin: Origin = "models"
     kind: Kind
     images: int = Field(ge=1)
+    split: str = ""
     options: dict[str, dict[str, Any]]
     models: tuple[ScoredModel, ...] = ()
 
@@ -199,7 +201,12 @@ class CalibrationSet(_Part):
 
     def fits(self, detector: Any) -> bool:  # noqa: ANN401 - any model detector
         """Whether models were scored by ``detector`` with the options that it has."""
-        return self.has(detector.name) and self.options[detector.name] == options_of(detector)
+        return self.has(detector.name) and self.agrees(detector)
+
+    def agrees(self, detector: Any) -> bool:  # noqa: ANN401 - any model detector
+        """Whether the options noted for ``detector`` are those that it has."""
+        noted = self.options.get(detector.name)
+        return noted is not None and completed(noted, type(detector)) == options_of(detector)
 
     def has(self, name: str) -> bool:
         """Whether models were scored by a detector of this name, with whatever options."""
@@ -247,6 +254,31 @@ def _or_lowest(score: float | None) -> float:
 def options_of(detector: Any) -> dict[str, Any]:  # noqa: ANN401 - any frozen dataclass
     """Return the options on which a detector's score depends, as JSON values."""
     found: dict[str, Any] = json.loads(json.dumps(_plain(asdict(detector))))
+    return found
+
+
+def completed(noted: Mapping[str, Any], detector: type[Any]) -> dict[str, Any]:
+    """Return options as they were noted, with those that are missing at the detector's default.
+
+    An option that is missing did not exist when the scores were made. Its default leaves scores as they were
+    (a detector whose default results change gets another name), so that a file made before an option
+    existed holds for a detector that leaves it alone.
+
+    Args:
+        noted: From ``options_of``, perhaps of an earlier version of this package.
+        detector: Its class.
+    """
+    return _merged(noted, options_of(detector()))
+
+
+def _merged(noted: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(defaults)
+    for name, value in noted.items():
+        usual = defaults.get(name)
+        if isinstance(value, Mapping) and isinstance(usual, Mapping):
+            found[name] = _merged(value, usual)
+        else:
+            found[name] = value
     return found
 
 

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.detect.calibration import Calibration, threshold_from
+from unbackdoor.detect.floor import too_little_at_first
 from unbackdoor.suppression import Check, Suppressed, Suppression, suppress
 from unbackdoor.types import Detection, LabelledImages, Progress, silent
 
 SMALLEST_CLASS_COUNT = 4
-"""With two or three classes errors have too few places to go for their concentration to mean anything."""
+"""With images of two or three classes errors have too few places to go for their concentration to mean
+anything."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,7 @@ class Collapse:
         checks = suppressed.checks
         wanted = self.at * checks[0].accuracy
         threshold, source = threshold_from(self.calibration, self.alpha, fixed=self.threshold)
-        classes = len(checks[0].confusion)
-        problem = ""
-        if classes < SMALLEST_CLASS_COUNT:
-            problem = f"{classes} classes leave errors too few places to go; at least 4 are needed"
-        elif checks[-1].accuracy > wanted:
-            problem = (
-                f"suppression took the accuracy only from {checks[0].accuracy:.2f} to "
-                f"{checks[-1].accuracy:.2f}, not to {wanted:.2f}, where the errors are read"
-            )
+        problem = _problem(suppressed, wanted)
         if problem:
             return Detection(math.nan, threshold, source, undetermined=problem)
         targets = interpolate(checks, wanted, target_concentration)
@@ -98,6 +92,25 @@ class Collapse:
                 "pattern": f"all-to-all, class + {int(shifts.argmax()) + 1}" if is_shift else "all-to-one",
             },
         )
+
+
+def _problem(suppressed: Suppressed, wanted: float) -> str:
+    """Say why a run cannot be read at the accuracy ``wanted``; nothing if it can."""
+    first, last = suppressed.checks[0], suppressed.checks[-1]
+    if problem := too_little_at_first(suppressed):
+        return problem
+    classes = int((first.confusion.sum(1) > 0).sum())
+    if classes < SMALLEST_CLASS_COUNT:
+        return (
+            f"images of {classes} classes leave errors too few places to go; at least "
+            f"{SMALLEST_CLASS_COUNT} are needed"
+        )
+    if last.accuracy > wanted:
+        return (
+            f"suppression took the accuracy only from {first.accuracy:.2f} to {last.accuracy:.2f}, not to "
+            f"{wanted:.2f}, where the errors are read"
+        )
+    return ""
 
 
 def target_concentration(confusion: Tensor) -> Tensor:

@@ -10,9 +10,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from unbackdoor.compute import check_fits
 from unbackdoor.detect.calibration import Calibration, threshold_from
+from unbackdoor.detect.floor import too_little
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.inversion import NORMS, Inversion, InvertedTrigger, anomaly_indices, invert_all, norms_of
+from unbackdoor.suppression import confusion_of
 from unbackdoor.types import Detection, LabelledImages, Progress, silent
 
 Statistic = Literal["index", "log_index", "ratio"]
@@ -94,6 +97,9 @@ class TriggerSize:
             InvalidInputError: If there are fewer than two images, or a label has no output of the model.
             UnsupportedModelError: If the model cannot be run on the images.
         """
+        check_fits(model, clean, purpose="trigger inversion", at_least=2)
+        if problem := too_little(confusion_of(model, clean)):
+            return Detection(math.nan, *self._threshold(), undetermined=problem)
         return self.judge(invert_all(model, clean, self.inversion, generator=generator, progress=progress))
 
     def judge(self, triggers: Sequence[InvertedTrigger]) -> Detection:
@@ -101,12 +107,7 @@ class TriggerSize:
         norms = norms_of(triggers)
         valid = [norm for norm in norms if not math.isnan(norm)]
         indices = anomaly_indices(norms, fewest=self.fewest_classes)
-        threshold, source = threshold_from(
-            self.calibration,
-            self.alpha,
-            fixed=self.threshold,
-            source="a fixed value (the paper's is 2), uncalibrated",
-        )
+        threshold, source = self._threshold()
         evidence = {
             "triggers": [trigger.describe() for trigger in triggers],
             "anomaly_indices": [None if math.isnan(index) else index for index in indices],
@@ -127,6 +128,10 @@ class TriggerSize:
             target_class=suspect.target_class,
             evidence={**evidence, NORMS[suspect.form]: suspect.norm, "success": suspect.success},
         )
+
+    def _threshold(self) -> tuple[float, str]:
+        source = "a fixed value (the paper's is 2), uncalibrated"
+        return threshold_from(self.calibration, self.alpha, fixed=self.threshold, source=source)
 
 
 def smallness(norms: Sequence[float], statistic: Statistic = "index") -> float:

@@ -16,19 +16,32 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unbackdoor.compute import logits_of
+from unbackdoor.detect.floor import mean_recall
 from unbackdoor.models.normalise import PRESETS, NormalisedModel
 from unbackdoor.rates import Rate
-from unbackdoor.suppression import confusion_of
+from unbackdoor.suppression import confusion_from
 from unbackdoor.types import LabelledImages, as_float
 
 MOST_PROBED = 200
-"""Images on which other normalisations and sizes are tried."""
+"""Images on which other normalisations, channel orders and sizes are tried."""
+
+LOW = 0.6
+"""An accuracy below this is worth a warning, whatever the number of classes."""
+
+FEWEST_TO_RELABEL = 2
+"""Images that a class must have to say something on the order of the labels."""
 
 CLEAR_GAIN = 0.1
-"""By how much the accuracy must rise with another normalisation or size for that to be the cause."""
+"""By how much the accuracy must rise with another normalisation, channel order or size for that to be the
+cause."""
+
+UNKNOWN_CAUSE = (
+    "probably the normalisation (--normalize or --mean and --std), the label order (--class-names), the "
+    "architecture or the images are not those that the model was trained with"
+)
 
 SIZES = (28, 32, 48, 64, 96, 128, 224)
-"""Usual image sizes, tried where the accuracy is low."""
+"""Usual image sizes."""
 
 MOST_SHIFTED = 0.1
 """In standard deviations; see ``statistics_shift`` and benchmarks/image_shift.py."""
@@ -55,6 +68,9 @@ class Plausibility:
 def check_plausible(model: nn.Module, clean: LabelledImages, *, chance_factor: float = 2.0) -> Plausibility:
     """Compare the clean accuracy with chance, and look for the cause if it is low.
 
+    Each class that there are images of weighs the same, so that one frequent class decides nothing. Causes
+    are tried where that accuracy is low, or where the statistics inside the network have moved.
+
     Args:
         model: The suspect network; left untouched.
         clean: Clean images with labels.
@@ -67,7 +83,7 @@ def check_plausible(model: nn.Module, clean: LabelledImages, *, chance_factor: f
     damaged = [name for name, tensor in model.state_dict().items() if not bool(tensor.isfinite().all())]
     if damaged:
         return Plausibility(
-            Rate(0, len(clean)),
+            Rate(0, 0),
             f"{len(damaged)} of the model's tensors, {damaged[0]!r} first, hold values that are not finite "
             "numbers; the checkpoint is damaged",
         )
@@ -75,19 +91,25 @@ def check_plausible(model: nn.Module, clean: LabelledImages, *, chance_factor: f
     classes = logits.shape[1]
     if not bool(torch.isfinite(logits).all()):
         return Plausibility(
-            Rate(0, len(clean)), "the model's outputs are not finite numbers; the checkpoint is damaged"
+            Rate(0, 0), "the model's outputs are not finite numbers; the checkpoint is damaged"
         )
-    answers = logits.argmax(1)
-    accuracy = Rate.of(answers == clean.labels.cpu())
+    confusion = confusion_from(logits, clean.labels)
+    accuracy = Rate(int(confusion.diagonal().sum()), len(clean))
+    recall = mean_recall(confusion)
+    sentence = _rightness(accuracy, recall)
+    if constant := _constant_answer(confusion, clean):
+        known = _cause(model, clean, confusion)
+        return Plausibility(accuracy, f"{sentence}: {known or constant}")
     lowest = min(max(chance_factor / classes, min(0.3, 1.2 / classes + 0.1)), 0.5 + 0.5 / classes)
-    if accuracy.value >= max(0.6, lowest):
-        return Plausibility(accuracy, warnings=_shift_warning(model, clean))
-    cause, known = _cause(model, clean, answers, accuracy.value)
-    sentence = f"the model is right on only {accuracy.value:.1%} of {accuracy.n} clean images"
-    if accuracy.value >= lowest and not known:
-        warning = f"{sentence.capitalize()}: {cause}."
-        return Plausibility(accuracy, warnings=(warning, *_shift_warning(model, clean)))
-    return Plausibility(accuracy, f"{sentence}: {cause}")
+    is_low = recall < max(LOW, lowest)
+    shift = _shift_warning(model, clean)
+    known = _cause(model, clean, confusion) if is_low or shift else ""
+    if known:
+        return Plausibility(accuracy, f"{sentence}: {known}")
+    if recall < lowest:
+        return Plausibility(accuracy, f"{sentence}: {UNKNOWN_CAUSE}")
+    low = (f"{sentence.capitalize()}: {UNKNOWN_CAUSE}.",) if is_low else ()
+    return Plausibility(accuracy, warnings=(*low, *shift))
 
 
 def statistics_shift(model: nn.Module, images: Tensor) -> float:
@@ -138,53 +160,77 @@ def _shift_warning(model: nn.Module, clean: LabelledImages) -> tuple[str, ...]:
     )
 
 
-def _cause(model: nn.Module, clean: LabelledImages, answers: Tensor, accuracy: float) -> tuple[str, bool]:
-    """Return the most likely cause of a low accuracy, and whether trying confirmed it."""
-    confusion = confusion_of(model, clean)
-    relabelled = float(confusion.max(1).values.sum() / confusion.sum())
-    distinct = len(set(confusion.argmax(1).tolist()))
-    if relabelled > accuracy + 0.3 and distinct > 0.7 * len(confusion):
-        return (
-            f"but {relabelled:.1%} would be right if the classes were ordered otherwise, so the label order "
-            "of the images probably differs from the model's; give it with --class-names"
-        ), True
-    better = max((*_normalisations(model, clean), *_sizes(model, clean)), default=(0.0, ""))
-    if better[0] >= accuracy + CLEAR_GAIN:
-        return better[1], True
-    if len(set(answers.tolist())) == 1 and len(clean) > 1:
-        return (
-            f"it answers {clean.name_of(int(answers[0]))!r} for every image, so it is untrained, damaged or "
-            "gets other inputs than in training (--normalize or --mean and --std)"
-        ), False
+def _rightness(accuracy: Rate, recall: float) -> str:
+    sentence = f"the model is right on only {accuracy.value:.1%} of {accuracy.n} clean images"
+    if abs(recall - accuracy.value) < 0.05:
+        return sentence
+    return f"{sentence}, on {recall:.1%} with each class weighing the same"
+
+
+def _constant_answer(confusion: Tensor, clean: LabelledImages) -> str:
+    """Say that images of several classes all get one answer; nothing if they do not."""
+    answers, present = confusion.sum(0), confusion.sum(1) > 0
+    if int((answers > 0).sum()) != 1 or int(present.sum()) < 2:
+        return ""
     return (
-        "probably the normalisation (--normalize or --mean and --std), the label order (--class-names), the "
-        "architecture or the images are not those that the model was trained with"
-    ), False
+        f"it answers {clean.name_of(int(answers.argmax()))!r} for every image, so it is untrained, damaged "
+        "or gets other inputs than in training (--normalize or --mean and --std)"
+    )
 
 
-def _normalisations(model: nn.Module, clean: LabelledImages) -> Iterator[tuple[float, str]]:
-    """Try the known normalisations in the place of the model's."""
+def _cause(model: nn.Module, clean: LabelledImages, confusion: Tensor) -> str:
+    """Return the cause of a low accuracy that trying confirms, or nothing."""
+    # A class with one image is always right once its answer counts as its name.
+    several = confusion[confusion.sum(1) >= FEWEST_TO_RELABEL].double()
+    if len(several):
+        shares = several / several.sum(1, keepdim=True)
+        own = confusion.diagonal()[confusion.sum(1) >= FEWEST_TO_RELABEL] / several.sum(1)
+        relabelled = float(shares.max(1).values.mean())
+        distinct = len(set(shares.argmax(1).tolist()))
+        if relabelled > float(own.mean()) + 0.3 and distinct > 0.7 * len(confusion):
+            return (
+                f"but {relabelled:.1%} would be right if the classes were ordered otherwise, so the label "
+                "order of the images probably differs from the model's; give it with --class-names"
+            )
     probed = _probed(clean)
+    usual = _recall(model, probed.images, probed.labels)
+    tried = (*_normalisations(model, probed), *_channels(model, probed), *_sizes(model, probed))
+    better = max(tried, default=(0.0, ""))
+    return better[1] if better[0] >= usual + CLEAR_GAIN else ""
+
+
+def _normalisations(model: nn.Module, probed: LabelledImages) -> Iterator[tuple[float, str]]:
+    """Try the known normalisations in the place of the model's."""
     network = model.network if isinstance(model, NormalisedModel) else model
     if isinstance(model, NormalisedModel):
         yield (
-            _accuracy(network, probed.images, probed.labels),
+            _tried(network, probed.images, probed.labels),
             "without the normalisation that it was given it would be right more often, so the network "
             "probably normalises by itself; leave --normalize, --mean and --std out",
         )
     for name, (mean, std) in PRESETS.items():
         if len(mean) in (1, probed.images.shape[1]):
-            accuracy = _accuracy(NormalisedModel(network, mean, std), probed.images, probed.labels)
+            recall = _tried(NormalisedModel(network, mean, std), probed.images, probed.labels)
             yield (
-                accuracy,
-                f"with --normalize {name} it would be right on {accuracy:.1%}, so the model probably expects "
+                recall,
+                f"with --normalize {name} it would be right on {recall:.1%}, so the model probably expects "
                 "normalised images",
             )
 
 
-def _sizes(model: nn.Module, clean: LabelledImages) -> Iterator[tuple[float, str]]:
+def _channels(model: nn.Module, probed: LabelledImages) -> Iterator[tuple[float, str]]:
+    """Try blue, green, red, as OpenCV reads images."""
+    if probed.images.shape[1] == 3:
+        recall = _tried(model, probed.images.flip(1), probed.labels)
+        yield (
+            recall,
+            f"with the channels in reverse (BGR) it would be right on {recall:.1%}, so the model was "
+            "probably trained on images as OpenCV reads them; reverse the channels of the images",
+        )
+
+
+def _sizes(model: nn.Module, probed: LabelledImages) -> Iterator[tuple[float, str]]:
     """Try the usual image sizes."""
-    probed = _probed(clean)
     images = as_float(probed.images)
     height, width = images.shape[2:]
     for size in SIZES:
@@ -192,13 +238,10 @@ def _sizes(model: nn.Module, clean: LabelledImages) -> Iterator[tuple[float, str
         if size > 2 * max(height, width) or (height, width) == (size, size):
             continue
         resized = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True).clamp(0, 1)
-        try:
-            accuracy = _accuracy(model, resized, probed.labels)
-        except RuntimeError:  # a network that takes one size only
-            continue
+        recall = _tried(model, resized, probed.labels)
         yield (
-            accuracy,
-            f"with --image-size {size} it would be right on {accuracy:.1%}, so the model was probably "
+            recall,
+            f"with --image-size {size} it would be right on {recall:.1%}, so the model was probably "
             "trained on images of that size",
         )
 
@@ -207,5 +250,13 @@ def _probed(clean: LabelledImages) -> LabelledImages:
     return clean.subset(torch.arange(min(MOST_PROBED, len(clean))))
 
 
-def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return Rate.of(logits_of(model, images).cpu().argmax(1) == labels.cpu()).value
+def _tried(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the mean recall on changed images, 0 if the network cannot be run on them."""
+    try:
+        return _recall(model, images, labels)
+    except Exception:  # noqa: BLE001 - networks that take one size or range only say so as they like
+        return 0.0
+
+
+def _recall(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return mean_recall(confusion_from(logits_of(model, images), labels))

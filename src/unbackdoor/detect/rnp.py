@@ -20,14 +20,12 @@ from torch import Tensor, nn
 from unbackdoor import rng
 from unbackdoor.compute import logits_of, predictions_of
 from unbackdoor.detect.calibration import Calibration, threshold_from
+from unbackdoor.detect.floor import FEWEST_IMAGES, too_little_at_first
 from unbackdoor.detect.samples import check_samples
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.inversion import Inversion, invert
 from unbackdoor.suppression import Suppressed, Suppression, suppress
 from unbackdoor.types import Detection, LabelledImages, Progress, as_float, silent
-
-FEWEST_IMAGES = 8
-"""On fewer images any patch can be fitted."""
 
 INDEX_OF_EBYD = 0.01 * 100 / 9
 """Concentration above which "Expose Before You Defend" calls a model backdoored: a variance of 0.01 of the
@@ -45,7 +43,8 @@ class UnlearntLabel:
     variance times K^2 / (K - 1) and runs from 0 (even) to 1 (one class) for any K; the threshold is 0.11 for
     any K, which is 0.01 at ten classes. Clean models collapse too, if pushed far enough: take a
     calibration. For all-to-all backdoors there is no such class. ``collapse`` reads the same run earlier,
-    and by its errors.
+    and by its errors. The unlearning takes at most 300 steps at a constant rate and reads the accuracy in
+    eval mode; the authors' takes up to 20 epochs, lowers the rate and reads it in train mode.
 
     Args:
         unlearning: How the copy is unlearnt; the shares are read at its end.
@@ -85,7 +84,7 @@ class UnlearntLabel:
             source="the variance 0.01 at ten classes of arXiv 2410.19427, uncalibrated",
         )
         score = float(factor * shares.var(unbiased=False))
-        problem = _not_unlearnt(unlearnt, self.unlearning)
+        problem = too_little_at_first(unlearnt) or _not_unlearnt(unlearnt, self.unlearning)
         return Detection(
             score=math.nan if problem else score,
             threshold=threshold,
@@ -108,7 +107,8 @@ class UnlearntTrigger:
     the images that it does not send to the class anyway, since there the empty trigger works; the score is
     the share of clean images of other classes that the trigger sends to the class *in the model itself*,
     times the share of the image that it leaves alone. A trigger of the copy's that is large, or does
-    nothing in the model, is no evidence.
+    nothing in the model, is no evidence. The unlearning takes at most 300 steps at a constant rate and reads
+    the accuracy in eval mode; the authors' takes up to 20 epochs, lowers the rate and reads it in train mode.
 
     Args:
         unlearning: How the copy is unlearnt.
@@ -192,7 +192,8 @@ class UnlearntSample:
 
     Deviations, as the procedure is not public: the score is the probability of that class on the copy, less
     its mean over the clean images; the copy is read before it has collapsed, since then every input goes
-    there.
+    there. The unlearning takes at most 300 steps at a constant rate and reads the accuracy in eval mode; the
+    authors' takes up to 20 epochs, lowers the rate and reads it in train mode.
 
     Args:
         unlearning: How the copy is unlearnt.
@@ -242,7 +243,14 @@ class UnlearntSample:
 def _not_unlearnt(unlearnt: Suppressed, options: Suppression) -> str:
     if unlearnt.accuracies[-1] <= options.stop_accuracy:
         return ""
-    return (
+    left = (
         f"unlearning left a clean accuracy of {unlearnt.accuracies[-1]:.2f}, above the "
-        f"{options.stop_accuracy:g} at which the model is read; raise unlearning.budget"
+        f"{options.stop_accuracy:g} at which the model is read"
     )
+    classes = len(unlearnt.confusion)
+    if options.stop_accuracy < 1 / classes:
+        # A copy that puts all images into one class is right on 1 / K of them: no budget gets it lower.
+        return (
+            f"{left} and no more than what {classes} classes leave to chance; raise unlearning.stop_accuracy"
+        )
+    return f"{left}; raise unlearning.budget"

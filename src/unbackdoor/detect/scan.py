@@ -14,7 +14,7 @@ from torch import nn
 from unbackdoor import rng
 from unbackdoor.catalogue import dashed, find
 from unbackdoor.compute import check_fits
-from unbackdoor.detect.calibration import CalibrationSet, Kind, shipped_for
+from unbackdoor.detect.calibration import CalibrationSet, Kind, flags_allowed, shipped_for, threshold_from
 from unbackdoor.detect.collapse import Collapse
 from unbackdoor.detect.evidence import KINDS, OTHER, REQUIRED, Evidence
 from unbackdoor.detect.exposure import Exposure, Statistic, expose
@@ -25,7 +25,14 @@ from unbackdoor.detect.plausibility import Plausibility, check_plausible
 from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.detect.suspects import SuspectFilter, suspect_filters
 from unbackdoor.detect.trigger_search import FoundTriggers, RecoveredTrigger, TriggerSearch
-from unbackdoor.detect.verdict import Confidence, Judgement, Verdict, confidence_of
+from unbackdoor.detect.verdict import (
+    Confidence,
+    Ground,
+    Judgement,
+    Verdict,
+    confidence_of,
+    too_few_images,
+)
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.suppression import Suppression
 from unbackdoor.types import Detection, LabelledImages, ModelDetector, Progress, silent
@@ -62,6 +69,7 @@ class ScanResult:
         verdict: ``clean`` means no evidence was found.
         reason: One sentence.
         plausibility: What was found before any detector ran.
+        ground: What the verdict follows from; None if model and images do not fit together.
         confidence: Which clean models it was compared with, and what that guarantees; None if the scan
             ended before.
         target_class: The suspected target, or None.
@@ -76,6 +84,7 @@ class ScanResult:
     verdict: Verdict
     reason: str
     plausibility: Plausibility
+    ground: Ground | None = None
     confidence: Confidence | None = None
     target_class: int | None = None
     evidence: tuple[Evidence, ...] = ()
@@ -113,7 +122,7 @@ class Scan:
         deciding: Detectors that decide; ``collapse`` and ``trigger_search`` are among them.
         alpha: Largest false-positive rate, in (0, 1).
         calibration: Clean models' scores; None takes what comes with the package for this kind of network.
-        smallest_per_class: With fewer images per class of the model on average, no verdict is given.
+        smallest_per_class: With fewer images of any class of the model, no verdict is given.
         others: More model detectors by name, run with their default options, whose opinions are shown.
     """
 
@@ -178,9 +187,16 @@ class Scan:
         calibration, warnings = self._calibration(model, clean, classes)
         started = time.perf_counter()
         plausibility = check_plausible(model, clean)
-        if plausibility.problem:
-            seconds = time.perf_counter() - started
-            return ScanResult("inconclusive", plausibility.problem, plausibility, seconds=seconds)
+        few = too_few_images(clean, classes, self.smallest_per_class)
+        if problem := plausibility.problem or few:
+            return ScanResult(
+                "inconclusive",
+                problem,
+                plausibility,
+                ground=None if plausibility.problem else "too few images",
+                warnings=() if plausibility.problem else (*plausibility.warnings, *warnings),
+                seconds=time.perf_counter() - started,
+            )
         measured = self.measure(model, clean, generator=generator, progress=progress)
         result = self.conclude(measured, clean, calibration, plausibility)
         filters: tuple[SuspectFilter, ...] = ()
@@ -190,7 +206,12 @@ class Scan:
         return replace(
             result,
             filters=filters,
-            warnings=(*plausibility.warnings, *warnings, *self._unfit(calibration)),
+            warnings=(
+                *plausibility.warnings,
+                *warnings,
+                *self._unfit(calibration),
+                *result.warnings,
+            ),
             seconds=time.perf_counter() - started,
         )
 
@@ -274,11 +295,13 @@ class Scan:
             verdict=verdict,
             reason=reason,
             plausibility=plausibility,
+            ground=judgement.ground(),
             confidence=confidence_of(calibration, joint, self.alpha),
             target_class=target,
             evidence=evidence,
             trigger=None if measured.triggers is None else measured.triggers.of(target),
             exposure=measured.exposure,
+            warnings=_no_trigger(suspect, measured.triggers, clean),
         )
 
     def joint(self, scores: Mapping[str, float | None], calibration: CalibrationSet | None) -> Joint | None:
@@ -311,7 +334,17 @@ class Scan:
                 p_value=joint.p_values[name],
             )
         elif (alone := calibration.of(self.detectors()[name])) is not None:
-            detection = replace(detection, p_value=alone.p_value(detection.score))
+            threshold, source = detection.threshold, detection.threshold_source
+            if flags_allowed(len(alone.scores), self.alpha) >= 0:
+                threshold, source = threshold_from(alone, self.alpha, fixed=threshold)
+            elif "uncalibrated" not in source:
+                source = f"{source}, uncalibrated"
+            detection = replace(
+                detection,
+                threshold=threshold,
+                threshold_source=source,
+                p_value=alone.p_value(detection.score),
+            )
         return replace(evidence, detection=detection)
 
     def _calibration(
@@ -380,6 +413,28 @@ class Scan:
         classes = check_fits(model, clean, purpose="a scan", at_least=2)
         calibration, warnings = self._calibration(model, clean, classes)
         return (*warnings, *self._unfit(calibration))
+
+
+def _no_trigger(
+    suspect: Evidence | None, triggers: FoundTriggers | None, clean: LabelledImages
+) -> tuple[str, ...]:
+    """Say why a suspected class, or a pattern without one, comes without a recovered trigger."""
+    if suspect is None or triggers is None:
+        return ()
+    target = suspect.detection.target_class
+    if target is None:
+        return (
+            f"No trigger is shown: {suspect.title!r} found no single target (all-to-all), and inversion "
+            "looks for triggers that send all classes to one.",
+        )
+    if triggers.of(target) is not None:
+        return ()
+    name = repr(clean.name_of(target))
+    if all(each.target_class != target for each in triggers.refined):
+        return (f"No trigger is shown: inversion did not go on with the suspected class {name}.",)
+    return (
+        f"No trigger is shown: inversion found none that sends enough images to the suspected class {name}.",
+    )
 
 
 def _opinion(

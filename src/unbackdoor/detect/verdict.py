@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from unbackdoor.detect.calibration import CalibrationSet, too_few
 from unbackdoor.detect.evidence import KINDS, REQUIRED, Evidence, finding
 from unbackdoor.detect.joint import Joint
@@ -13,10 +15,11 @@ from unbackdoor.types import LabelledImages
 
 Verdict = Literal["backdoored", "clean", "inconclusive"]
 
-Ground = Literal["uncompared", "too few models", "far", "incomplete", "close", "nothing"]
+Ground = Literal["too few images", "uncompared", "too few models", "far", "incomplete", "close", "nothing"]
 """Why a verdict is what it is."""
 
 VERDICTS: dict[Ground, Verdict] = {
+    "too few images": "inconclusive",
     "uncompared": "inconclusive",
     "too few models": "inconclusive",
     "far": "backdoored",
@@ -71,6 +74,28 @@ def ground_of(joint: Joint | None, *, complete: bool, alpha: float) -> Ground:
     return "close" if joint.p_value <= 2 * (alpha + ROUNDING) else "nothing"
 
 
+def too_few_images(clean: LabelledImages, classes: int, smallest: float) -> str:
+    """Say which classes have too few images for a verdict, without a full stop; nothing if none has.
+
+    An average would not do: on images of one or two classes a model that answers with little else looks
+    sound, and what the other classes' images would show stays unseen.
+
+    Args:
+        clean: The images.
+        classes: Outputs of the model.
+        smallest: Images that each class needs.
+    """
+    counts = torch.bincount(clean.labels.cpu(), minlength=classes)
+    short = (counts < smallest).nonzero().flatten().tolist()
+    if not short:
+        return ""
+    return (
+        f"{len(clean)} images are too few for a verdict: {len(short)} of the model's {classes} classes have "
+        f"fewer than {smallest:g}, such as {clean.name_of(short[0])!r} with {int(counts[short[0]])}; give at "
+        f"least {math.ceil(smallest)} of each"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Judgement:
     """The rule that turns evidence into a verdict, with its reason; see ``Scan`` and ``ground_of``.
@@ -81,7 +106,7 @@ class Judgement:
         clean: The images.
         classes: Outputs of the model.
         alpha: Largest false-positive rate, in (0, 1).
-        smallest_per_class: With fewer images per class on average, no verdict is given.
+        smallest_per_class: With fewer images of any class of the model, no verdict is given.
     """
 
     evidence: tuple[Evidence, ...]
@@ -93,14 +118,15 @@ class Judgement:
 
     def verdict(self) -> tuple[Verdict, str]:
         """Return the verdict and its reason, a sentence without a full stop."""
-        if len(self.clean) < self.smallest_per_class * self.classes:
-            return "inconclusive", (
-                f"{len(self.clean)} images for {self.classes} classes are too few for a verdict; give at "
-                f"least {math.ceil(self.smallest_per_class * self.classes)}"
-            )
-        missing = self._missing()
-        ground = ground_of(self.joint, complete=not missing, alpha=self.alpha)
-        return VERDICTS[ground], self._reason(ground, missing)
+        few = too_few_images(self.clean, self.classes, self.smallest_per_class)
+        ground = self.ground()
+        return VERDICTS[ground], few or self._reason(ground, self._missing())
+
+    def ground(self) -> Ground:
+        """Return what the verdict follows from."""
+        if too_few_images(self.clean, self.classes, self.smallest_per_class):
+            return "too few images"
+        return ground_of(self.joint, complete=not self._missing(), alpha=self.alpha)
 
     def _reason(self, ground: Ground, missing: list[str]) -> str:
         if self.joint is None:

@@ -41,7 +41,10 @@ _RULES = (
             "text": "Evidence is missing, close to the threshold, or there were too few clean models or "
             "images to compare with."
         },
-        "help": {"text": "Do not rely on this model yet: mend what the message names and scan again."},
+        "help": {
+            "text": "Do not rely on this model yet: mend what the message names, or take other seeds and "
+            "images where the model is close to the threshold, and scan again."
+        },
         "defaultConfiguration": {"level": "warning"},
         "properties": {"tags": ["security", "machine-learning"], "security-severity": "5.0"},
     },

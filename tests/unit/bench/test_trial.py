@@ -55,15 +55,43 @@ def test_the_trial_is_as_large_as_it_should_be() -> None:
     from unbackdoor.settings import configure
 
     sets = tomllib.loads(SPEC.read_text())["sets"]
-    models = {name: trial.expand(described["grids"]) for name, described in sets.items()}
+    models = {name: trial.expand(d["grids"], d["vary"]) for name, d in sets.items()}
     clean = [m for each in models.values() for m in each.values() if m["attack"] == "none"]
     infected = [m for each in models.values() for m in each.values() if m["attack"] != "none"]
     assert len(clean) >= 20
     assert len(infected) >= 40
-    # Half of the clean models must be able to guarantee 5 %.
-    assert sum(m["attack"] == "none" for m in models["cifar10"].values()) >= 38
+    for each in models.values():
+        # Half of the clean models must be able to guarantee 5 %.
+        assert sum(m["attack"] == "none" for m in each.values()) >= 38
     for model in infected:
         configure(attack_named(model["attack"]), model["set"])
+    assert {"sra", "iab", "lira"} <= {model["attack"] for model in infected}
+
+
+def test_infected_models_of_the_trial_are_trained_as_clean_ones_are() -> None:
+    for described in tomllib.loads(SPEC.read_text())["sets"].values():
+        models = trial.expand(described["grids"], described["vary"]).values()
+        recipes: dict[bool, set[str]] = {True: set(), False: set()}
+        epochs: dict[bool, set[int]] = {True: set(), False: set()}
+        for model in models:
+            clean = model["attack"] == "none"
+            varied = {text for text in model["set"] if text.partition("=")[0] in described["vary"]}
+            assert len(varied) == len(described["vary"])
+            recipes[clean] |= varied
+            epochs[clean].add(model.get("epochs", described["defaults"]["epochs"]))
+        assert recipes[False] == recipes[True]
+        assert epochs[False] <= epochs[True]
+
+
+def test_what_all_grids_vary_runs_on_from_grid_to_grid() -> None:
+    grids: list[dict[str, object]] = [
+        {"name": "a", "attack": "none", "count": 2},
+        {"name": "b", "attack": "badnets", "count": 2, "vary": {"y": [7]}},
+    ]
+    models = trial.expand(grids, {"x": [1, 2, 3], "y": [0]})
+    assert [model["set"] for model in models.values()] == [
+        ["x=1", "y=0"], ["x=2", "y=0"], ["x=3", "y=7"], ["x=1", "y=7"],
+    ]  # fmt: skip
 
 
 def test_a_question_is_answered_once_and_a_changed_default_is_a_new_one(tmp_path: Path) -> None:
@@ -89,6 +117,9 @@ def test_a_question_is_answered_once_and_a_changed_default_is_a_new_one(tmp_path
     assert (record["status"], record["attack"], record["valid"]) == ("ok", None, True)
     assert set(record["detections"]) == {"collapse", "mnp", "trigger_search", "head_weights"}
     assert record["detections"]["head_weights"]["score"] is not None
+    assert record["kind"]["num_classes"] == 10
+    # The whole takes at least as long as its parts, of which one is the run that two read.
+    assert record["scan_seconds"] >= sum(each["seconds"] for each in record["detections"].values()) - 0.01
     json.dumps(record, allow_nan=False)
 
 

@@ -9,6 +9,7 @@ from unbackdoor.bench.trial_tables import (
     area_under_curve,
     attack_table,
     columns,
+    comparable,
     halves,
     ratio_table,
     scored,
@@ -73,8 +74,85 @@ def test_thresholds_come_from_one_half_and_figures_from_the_other() -> None:
     flagged = {o.model.name for o in found["scan"].of(clean=False) if o.flagged}
     assert flagged == {"badnets-00", "badnets-01"}
     assert {o.model.name for o in found["collapse"].of(clean=False) if o.flagged} == {"badnets-01"}
-    # Two of the scan's detectors take four seconds.
-    assert found["scan"].seconds == 4.0
+    # All that a scan ran takes six seconds.
+    assert found["scan"].seconds == 6.0
+
+
+def test_a_scan_takes_what_all_of_it_took() -> None:
+    records = [each | {"scan_seconds": 9.5} for each in trial()]
+    found = {column.detector: column for column in columns(scored(records))}
+    assert (found["scan"].seconds, found["mnp"].seconds) == (9.5, 2.0)
+
+
+def asked(name: str, score: float, statistic: str, *options: str, more: int = 0) -> dict[str, Any]:
+    found = record(name, None, {"nc": score})
+    settings = {"nc": {"statistic": statistic} | ({"fewest_classes": more} if more else {})}
+    found["cell"] = found["cell"] | {"detector": "nc", "options": options, "settings": settings}
+    return found
+
+
+def test_answers_to_different_questions_are_not_mixed() -> None:
+    names = [f"clean-{i:02d}" for i in range(40)]
+    records = [asked(name, 1.0, "index") for name in names]
+    # Another statistic was stopped after half of the models.
+    records += [asked(name, 100.0, "ratio", "statistic=ratio") for name in names[:20]]
+    models = scored(records)
+    assert {model.scores["nc"] for model in models} == {1.0}
+    assert [model.scores.get("nc [statistic=ratio]") for model in models] == [100.0] * 20 + [None] * 20
+    assert [column.detector for column in columns(models)] == ["nc", "nc [statistic=ratio]"]
+    # The default changed, and half of the models were asked again.
+    changed = scored([*records[:40], *(asked(name, 7.0, "index", more=6) for name in names[:20])])
+    assert [model.scores.get("nc") for model in changed] == [7.0] * 20 + [None] * 20
+    # An option that came later, at its default, changes nothing.
+    added = scored([*records[:40], *(asked(name, 7.0, "index", more=5) for name in names[:20])])
+    assert [model.scores.get("nc") for model in added] == [7.0] * 20 + [1.0] * 20
+
+
+def test_scans_with_options_have_a_row_of_their_own() -> None:
+    records = trial()
+    for each in trial():
+        records.append(each | {"cell": each["cell"] | {"options": ["search.refined=1"]}})
+    found = [column.detector for column in columns(scored(records))]
+    assert {"scan", "scan [search.refined=1]", "mnp [search.refined=1]"} <= set(found)
+
+
+def calibration_file(**changes: Any) -> CalibrationSet:  # noqa: ANN401
+    return CalibrationSet(
+        description="made up",
+        kind=Kind(architecture="x", parameters=1, num_classes=2, image_shape=(3, 8, 8)),
+        images=500,
+        options={"nc": {"statistic": "index"}},
+        models=tuple(ScoredModel(name=str(i), sha256=f"sha-{i}", scores={"nc": 0.01 * i}) for i in range(20)),
+    ).model_copy(update=changes)
+
+
+def test_what_a_file_does_not_hold_for_is_left_out_and_counted() -> None:
+    records = [asked(f"clean-{i:02d}", 1.0, "index") for i in range(6)]
+    for index, each in enumerate(records):
+        each["cell"] |= {"model_sha256": f"sha-{index + 18}", "clean_images": 500}
+    records[2]["cell"]["clean_images"] = 300
+    kind = calibration_file().kind
+    records[3]["kind"] = kind.model_dump(mode="json")
+    records[4]["kind"] = kind.model_copy(update={"parameters": 2}).model_dump(mode="json")
+    records[5]["cell"]["settings"] = {"nc": {"statistic": "ratio"}}
+    kept, left_out = comparable(records, calibration_file())
+    assert [each["key"] for each in kept] == ["clean-03"]
+    assert left_out == {
+        "in the calibration itself": 2,
+        "not scored with 500 clean images": 1,
+        "of another kind": 1,
+        "scored by a detector with other options": 1,
+    }
+    (column,) = columns(scored(kept), 0.05, calibration_file())
+    assert (column.detector, column.calibrated_on, len(column.of(clean=True))) == ("nc", 20, 1)
+
+
+def test_of_a_scan_the_parts_that_a_file_holds_for_are_kept() -> None:
+    scan = record("clean-00", None, {"collapse": 0.1, "nc": 2.0, "mnp": 0.0})
+    scan["cell"]["settings"] = {"collapse": {}, "nc": {"statistic": "ratio"}, "mnp": {}}
+    (kept,), left_out = comparable([scan], calibration_file())
+    assert list(kept["detections"]) == list(kept["cell"]["settings"]) == ["collapse", "mnp"]
+    assert left_out == {"scored by a detector with other options": 1}
 
 
 def test_thresholds_may_come_from_a_file() -> None:
@@ -117,6 +195,11 @@ def test_the_tables() -> None:
     assert [line.split(" | ")[0] for line in attacks[2:]] == [
         "| adaptive-magnitude", "| badnets", "| blend", "| clean",
     ]  # fmt: skip
+    # The search has one of the two above all clean models, and the other below.
+    search = attacks[0].split(" | ").index("trigger_search")
+    assert attacks[3].split(" | ")[search].startswith("1/2 [")
+    assert attacks[3].split(" | ")[search].endswith(", AUC 0.50")
+    assert "AUC" not in attacks[-1]
     ratios = ratio_table(models).splitlines()
     assert ratios[2].split(" | ")[:4] == ["| d", "clean", "40", "1.00"]
     assert ratios[3].split(" | ")[2] == "3"
@@ -201,6 +284,17 @@ def test_refusals_are_misses() -> None:
     for name in ("scan", "collapse"):
         (outcome,) = found[name].of(clean=False, group="wanet")
         assert (outcome.flagged, outcome.statistic) == (False, -math.inf)
+
+
+def test_a_refused_scan_is_a_refusal_by_all_of_its_detectors() -> None:
+    refused = record("wanet-00", "wanet", {}, status="refused", problem="no")
+    del refused["detections"]
+    names = ("collapse", "mnp", "trigger_search")
+    records = [*trial(), refused]
+    for each in records:
+        each["cell"]["settings"] = {name: {} for name in each.get("detections", names)}
+    for column in columns(scored(records)):
+        assert len(column.of(clean=False, group="wanet")) == 1
 
 
 def test_the_area_under_the_curve() -> None:

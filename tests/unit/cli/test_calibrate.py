@@ -43,7 +43,7 @@ def test_own_models_are_scored_once_and_used_by_a_scan(
     assert "1 / 2 = 50.0%" in first.out
     assert {"trigger-search", "head-weights"} <= {line.split()[0] for line in first.out.splitlines()}
     found = read_calibration(out)
-    assert (found.origin, found.images, len(found.models)) == ("models", 80, 1)
+    assert (found.origin, found.images, found.split, len(found.models)) == ("models", 80, "train", 1)
     assert set(found.options) == {"collapse", "mnp", "trigger_search", "head_weights", "rnp_label"}
     assert set(found.models[0].scores) == set(found.options)
     assert found.kind.num_classes == 8
@@ -87,8 +87,12 @@ def test_own_models_are_scored_once_and_used_by_a_scan(
 def test_models_that_do_not_fit_the_images_are_left_out(
     run: Run, files: Files, honest: Path, tmp_path: Path
 ) -> None:
-    result = calibrate(run, files, honest / "model1", files.wants_half, "--out", tmp_path / "c.json")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"no model")
+    out = ("--out", tmp_path / "c.json")
+    result = calibrate(run, files, broken, honest / "model1", files.wants_half, *out)
     assert result.code == 0
+    assert f"left out: {broken}: " in " ".join(result.err.split())
     assert f"left out: {files.wants_half}: the model is right on only" in " ".join(result.err.split())
     assert len(read_calibration(tmp_path / "c.json").models) == 1
     none = calibrate(run, files, files.wants_half, "--out", tmp_path / "d.json")

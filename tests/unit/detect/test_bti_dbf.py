@@ -106,7 +106,11 @@ def test_few_classes_and_constant_features() -> None:
     allowed = BTIDBF(fewest_classes=3)
     assert score(model(infected=True), clean.subset(clean.labels < 3), allowed).target_class == TARGET
     same = score(model(infected=False), LabelledImages(constant(12), torch.arange(12) % CLASSES))
-    assert same.undetermined or 0 <= same.score <= 1
+    # Equal images are answered alike from each of the four masks, so that shares go by quarters.
+    shares = same.evidence["class_share"]
+    assert same.undetermined == ""
+    assert [4 * share % 1 for share in shares] == [0] * CLASSES
+    assert (sum(shares), same.score) == (1.0, max(shares))
 
 
 def test_a_calibration_replaces_the_threshold() -> None:

@@ -40,7 +40,7 @@ VALID: dict[str, Any] = {
     "description": "d",
     "kind": KIND,
     "images": 5,
-    "options": {"collapse": options_of(Collapse()), "mnp": {}},
+    "options": {"collapse": options_of(Collapse()), "mnp": {"comparison": "difference"}},
     "models": [
         {"name": "a", "scores": {"collapse": 0.1, "mnp": 1.0}},
         {"name": "b", "scores": {"collapse": None, "mnp": 2.0}},
@@ -116,6 +116,22 @@ def test_scores_hold_for_the_options_they_were_made_with() -> None:
     assert read.fits(Collapse(Suppression(precision="fp32")))
     assert read.of(Collapse(Suppression(budget=7))) is None
     assert read.of(CorrelationRatio()) is None
+
+
+def test_options_that_came_later_count_as_their_defaults() -> None:
+    older = json.loads(json.dumps(VALID))
+    del older["options"]["collapse"]["shift_weight"]
+    del older["options"]["collapse"]["suppression"]["clip_norm"]
+    read = parse_calibration(json.dumps(older), source="c.json")
+    assert read.fits(Collapse())
+    assert not read.fits(Collapse(shift_weight=2.0))
+    assert not read.fits(Collapse(Suppression(clip_norm=1.0)))
+    # What is noted is compared, and an option that is no more voids the scores.
+    older["options"]["collapse"]["suppression"]["budget"] = 7
+    assert not parse_calibration(json.dumps(older), source="c.json").fits(Collapse())
+    gone = json.loads(json.dumps(VALID))
+    gone["options"]["collapse"]["gone"] = 1
+    assert not parse_calibration(json.dumps(gone), source="c.json").fits(Collapse())
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,14 @@ def test_a_calibrated_threshold_flags_only_what_exceeds_it() -> None:
         (run(right(3, 10), torch.ones(3, 3, dtype=torch.int64)), "3 classes leave errors too few places"),
         (run(right(5, 10), right(5, 10), reason="budget"), "only from 1.00 to 1.00, not to 0.50"),
         (run(right(5, 10)), "only from 1.00 to 1.00"),
+        # Ten outputs, and images of two classes.
+        (run(right(10, 10) * (torch.arange(10) < 2), collapsed_to(3)), "images of 2 classes leave errors"),
+        (run(right(5, 1), collapsed_to(3)), "5 images are too few to read a model from; give at least 8"),
+        # Right on 82 % of unbalanced images by one answer alone.
+        (
+            run(torch.tensor([[82, 0], [18, 0]]), torch.tensor([[0, 82], [0, 18]])),
+            "no better than chance on images of 2 classes (mean recall 50.0%)",
+        ),
     ],
 )
 def test_it_abstains_with_a_reason(suppressed: Suppressed, sentence: str) -> None:

@@ -13,6 +13,7 @@ from unbackdoor.errors import InvalidInputError
 from unbackdoor.inversion import Inversion, InvertedTrigger, invert_all
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.testing.subjects import awkward_model, small_data
+from unbackdoor.types import LabelledImages
 
 
 def trigger(target_class: int, l1: float, *, reached: bool = True) -> InvertedTrigger:
@@ -74,6 +75,19 @@ def test_two_classes_get_no_opinion() -> None:
     detector = TriggerSize(Inversion(steps=2, round_steps=1, success=0.01), fewest_classes=3)
     found = detector.score(awkward_model(classes=2), small_data(classes=2), generator=rng.generator(0))
     assert found.is_backdoored is None
+
+
+def test_few_images_and_a_model_that_guesses_get_no_opinion() -> None:
+    detector = TriggerSize(Inversion(steps=2, round_steps=1, success=0.01), fewest_classes=3)
+    planted = planted_backdoor()
+    few = planted.clean_data(7, rng.generator(0))
+    found = detector.score(planted.model, few, generator=rng.generator(0))
+    assert "7 images are too few" in found.undetermined
+    assert found.threshold == 2
+    clean = planted.clean_data(64, rng.generator(0))
+    wrong = LabelledImages(clean.images, (clean.labels + 1) % 8)
+    found = detector.score(planted.model, wrong, generator=rng.generator(0))
+    assert "no better than chance on images of 8 classes" in found.undetermined
 
 
 def test_a_calibration_replaces_the_threshold() -> None:

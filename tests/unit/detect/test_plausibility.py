@@ -84,6 +84,58 @@ def test_another_image_size_is_named() -> None:
     assert "with --image-size 28 it would be right on" in found.problem
 
 
+def test_networks_that_assert_their_size_are_no_obstacle() -> None:
+    class Strict(nn.Module):
+        def __init__(self, error: type[Exception]) -> None:
+            super().__init__()
+            self.error = error
+
+        def forward(self, images: Tensor) -> Tensor:
+            if images.shape[-1] != 16:
+                raise self.error("wrong size")
+            logits: Tensor = PLANTED.model(images * 0)
+            return logits
+
+    for error in (AssertionError, ValueError, TypeError, IndexError, KeyError):
+        assert "for every image" in check_plausible(Strict(error), CLEAN).problem
+
+
+def test_reversed_channels_are_named() -> None:
+    class Reversed(nn.Module):
+        """Answers from the red channel, in images whose blue one comes first."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            return F.one_hot((images[:, 2].mean((1, 2)) * 8).long(), 8).float()
+
+    labels = torch.arange(160) % 8
+    images = torch.rand(160, 3, 16, 16, generator=rng.generator(0))
+    images[:, 0] = ((labels + 0.5) / 8).view(-1, 1, 1)
+    found = check_plausible(Reversed(), LabelledImages(images, labels))
+    assert "with the channels in reverse (BGR) it would be right on 100.0%" in found.problem
+
+
+def test_causes_are_tried_where_the_statistics_have_moved() -> None:
+    class Wants(nn.Module):
+        """Trained on images around 0; of others it answers every fifth wrongly."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(3)))
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.norms(images)
+            if bool((images < 0).any()):
+                logits: Tensor = PLANTED.model(images * 0.5 + 0.5)
+                return logits
+            logits = PLANTED.model(images)
+            logits[::5] = logits[::5].roll(1, dims=1)
+            return logits
+
+    found = check_plausible(Wants().eval(), CLEAN)
+    assert found.accuracy.value == 0.8
+    assert "with --normalize imagenet it would be right on 100.0%" in found.problem
+
+
 def test_a_confirmed_cause_is_a_problem_whatever_the_accuracy() -> None:
     # Half of the images are right by their label alone.
     class Half(nn.Module):
@@ -115,7 +167,9 @@ def test_weights_that_are_no_numbers_are_named() -> None:
     model = planted_backdoor().model
     with torch.no_grad():
         model.get_parameter("head.bias")[0] = float("inf")
-    assert "'head.bias' first" in check_plausible(model, CLEAN).problem
+    found = check_plausible(model, CLEAN)
+    assert "'head.bias' first" in found.problem
+    assert found.accuracy == Rate(0, 0)
 
 
 def test_images_that_are_unlike_those_of_the_training_get_a_warning() -> None:
@@ -137,9 +191,46 @@ def test_a_permuted_label_order_is_recognised() -> None:
     assert "--class-names" in found.problem
 
 
+class Answers(nn.Module):
+    """Answers image i, whose pixels are i / 255, with ``answers[i]``."""
+
+    def __init__(self, answers: Tensor, classes: int) -> None:
+        super().__init__()
+        self.answers, self.classes = answers, classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        index = (images[:, 0, 0, 0] * 255).round().long().clamp(0, len(self.answers) - 1)
+        return F.one_hot(self.answers[index], self.classes).float()
+
+
+def numbered(labels: Tensor) -> LabelledImages:
+    pixels = (torch.arange(len(labels)).float() / 255).view(-1, 1, 1, 1)
+    return LabelledImages(pixels.expand(-1, 1, 8, 8).contiguous(), labels)
+
+
+def test_one_image_a_class_says_nothing_on_the_order_of_the_labels() -> None:
+    labels = torch.arange(10)
+    found = check_plausible(Answers((labels * 3 + 1) % 10, 10), numbered(labels))
+    assert found.problem
+    assert "ordered otherwise" not in found.problem
+    found = check_plausible(Answers((labels.repeat(2) * 3 + 1) % 10, 10), numbered(labels.repeat(2)))
+    assert "ordered otherwise" in found.problem
+
+
+def test_a_frequent_class_does_not_make_a_model_plausible() -> None:
+    # 91 images of class 0 and one of each other; all but one are answered with 0.
+    labels = torch.cat([torch.zeros(91, dtype=torch.int64), torch.arange(1, 10)])
+    for answers in (0 * labels, 0 * labels + (labels == 9) * 9):
+        found = check_plausible(Answers(answers, 10), numbered(labels))
+        assert found.accuracy.value > 0.9
+        assert "with each class weighing the same" in found.problem
+
+
 def test_outputs_that_are_no_numbers_are_a_problem() -> None:
     found = check_plausible(Broken(), CLEAN)
     assert found.problem == "the model's outputs are not finite numbers; the checkpoint is damaged"
+    # Nothing was counted, which is not an accuracy of 0.
+    assert found.accuracy == Rate(0, 0)
 
 
 def test_a_mediocre_accuracy_is_a_warning_alone() -> None:

@@ -16,7 +16,8 @@ from unbackdoor.types import as_float
 
 
 def run(matrix: Tensor) -> Suppressed:
-    return Suppressed(nn.Identity(), (Check(0, matrix),), "accuracy")
+    right = 10 * torch.eye(len(matrix), dtype=torch.int64)
+    return Suppressed(nn.Identity(), (Check(0, right), Check(1, matrix)), "accuracy")
 
 
 def test_the_score_is_the_spread_of_the_class_shares_by_hand() -> None:
@@ -30,13 +31,13 @@ def test_the_score_is_the_spread_of_the_class_shares_by_hand() -> None:
     assert UnlearntLabel().judge(run(collapsed)).score == pytest.approx(1.0)
 
 
-def test_the_threshold_at_ten_classes_is_the_variance_of_the_source() -> None:
-    # One class with 40 % and nine with 6.67 % have the variance 0.0100: just flagged.
+@pytest.mark.parametrize(("largest", "flagged"), [(59, False), (61, True)])
+def test_the_threshold_at_ten_classes_is_the_variance_of_the_source(largest: int, flagged: bool) -> None:
+    # One class with 60 of 150 images and nine with 10 have the variance (0.3^2 + 9 / 30^2) / 10 = 0.0100.
     matrix = torch.zeros(10, 10, dtype=torch.int64)
-    matrix[0] = torch.tensor([0] + [10] * 8 + [61])
+    matrix[0] = torch.tensor([10] * 9 + [largest])
     found = UnlearntLabel().judge(run(matrix))
-    variance = float((matrix.sum(0) / matrix.sum()).var(unbiased=False))
-    assert (found.score >= found.threshold) == (variance >= 0.01)
+    assert found.is_backdoored is flagged
     assert found.threshold == pytest.approx(100 * 0.01 / 9)
 
 
@@ -54,6 +55,23 @@ def test_an_accuracy_that_did_not_fall_is_said() -> None:
     found = UnlearntLabel().judge(run(10 * torch.eye(5, dtype=torch.int64)))
     assert math.isnan(found.score)
     assert "raise unlearning.budget" in found.undetermined
+
+
+def test_few_classes_are_not_told_to_unlearn_longer() -> None:
+    # All in one class of three: no budget takes the accuracy below a third.
+    matrix = torch.zeros(3, 3, dtype=torch.int64)
+    matrix[:, 0] = 10
+    found = UnlearntLabel().judge(run(matrix))
+    assert "no more than what 3 classes leave to chance; raise unlearning.stop_accuracy" in found.undetermined
+    assert "budget" not in found.undetermined
+
+
+def test_little_to_read_from_is_said() -> None:
+    even = 1 - torch.eye(5, dtype=torch.int64)
+    few = Suppressed(nn.Identity(), (Check(0, torch.eye(5, dtype=torch.int64)), Check(1, even)), "accuracy")
+    assert "5 images are too few" in UnlearntLabel().judge(few).undetermined
+    guessing = Suppressed(nn.Identity(), (Check(0, 0 * even + 2), Check(1, even)), "accuracy")
+    assert "no better than chance on images of 5 classes" in UnlearntLabel().judge(guessing).undetermined
 
 
 def test_a_calibration_replaces_the_fixed_thresholds() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,14 +12,17 @@ from torch import nn
 
 from unbackdoor import rng
 from unbackdoor.detect.calibration import CalibrationSet, Kind, ScoredModel, options_of
-from unbackdoor.detect.scan import Scan, ScanResult
-from unbackdoor.detect.trigger_search import TriggerSearch
+from unbackdoor.detect.evidence import Evidence
+from unbackdoor.detect.plausibility import Plausibility
+from unbackdoor.detect.scan import Measured, Scan, ScanResult
+from unbackdoor.detect.trigger_search import FoundTriggers, RecoveredTrigger, TriggerSearch
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
-from unbackdoor.inversion import Inversion
-from unbackdoor.suppression import Suppression
+from unbackdoor.inversion import Inversion, InvertedTrigger
+from unbackdoor.rates import Rate
+from unbackdoor.suppression import Check, Suppressed, Suppression
 from unbackdoor.testing import PlantedBackdoor, planted_backdoor
 from unbackdoor.testing.subjects import Snapshot, small_network
-from unbackdoor.types import LabelledImages
+from unbackdoor.types import Detection, LabelledImages
 
 SCAN = Scan(
     suppression=Suppression(budget=60),
@@ -28,6 +32,8 @@ SCAN = Scan(
         refined=1,
     ),
 )
+
+FAST = replace(SCAN, fast=True)
 
 
 @cache
@@ -92,6 +98,57 @@ def test_a_planted_backdoor_is_found_with_everything_a_report_needs() -> None:
     assert result.warnings == ()
 
 
+def test_what_does_not_decide_is_calibrated_by_itself() -> None:
+    result = scanned(calibrated(FAST, 0.3, 0.0), planted().model, images())
+    shown = result.detection("head_weights")
+    assert shown is not None
+    # The largest of the clean scores is 1.006, where the fixed threshold is 6.
+    assert shown.threshold == pytest.approx(1.006)
+    assert "19 clean models" in shown.threshold_source
+    assert shown.p_value is not None
+    assert shown.is_backdoored == (shown.p_value <= 0.05)
+    # Nineteen models cannot guarantee one per cent.
+    result = scanned(replace(calibrated(FAST, 0.3, 0.0), alpha=0.01), planted().model, images())
+    shown = result.detection("head_weights")
+    assert shown is not None
+    assert shown.threshold == 6
+    assert "uncalibrated" in shown.threshold_source
+
+
+def found_triggers(*, reached: bool) -> FoundTriggers:
+    """Return triggers of eight classes, of which class 3 alone was refined."""
+    first = tuple(
+        InvertedTrigger(k, torch.zeros(1, 4, 4), torch.zeros(3, 4, 4), 9.0, 1.0, reached, 10)
+        for k in range(8)
+    )
+    return FoundTriggers(first, (RecoveredTrigger(first[3], Rate(1, 1)),), 100)
+
+
+@pytest.mark.parametrize(
+    ("target", "reached", "why"),
+    [
+        (3, True, ""),
+        (3, False, "inversion found none that sends enough images to the suspected class '3'"),
+        (5, True, "inversion did not go on with the suspected class '5'"),
+        (None, True, "(all-to-all)"),
+    ],
+)
+def test_a_missing_trigger_is_explained(target: int | None, reached: bool, why: str) -> None:
+    classes = 8
+    confusion = 10 * torch.eye(classes, dtype=torch.int64)
+    suppressed = Suppressed(nn.Identity(), (Check(0, confusion),), "accuracy")
+    detection = Detection(9.0, 0.5, "a guess", None, target, evidence={"pattern": "all-to-all, class + 1"})
+    collapse = Evidence("k", "collapse", "Collapse", "us", detection, decides=True, seconds=1.0)
+    exposure = SimpleNamespace(suppressed=suppressed)
+    measured = Measured(exposure, found_triggers(reached=reached), (collapse,))  # type: ignore[arg-type]
+    scan = calibrated(SCAN, 0.3, 0.5)
+    result = scan.conclude(measured, images(), scan.calibration, Plausibility(Rate(1, 1)))
+    assert (result.verdict, result.target_class) == ("backdoored", target)
+    assert (result.trigger is None) == bool(why)
+    assert why in " ".join(result.warnings)
+    assert bool(result.warnings) == bool(why)
+
+
 def test_a_clean_twin_is_clean() -> None:
     result = scanned(calibrated(SCAN, 9.0, 9.0), planted(infected=False).model, images())
     assert (result.verdict, result.target_class, result.filters, result.trigger) == ("clean", None, (), None)
@@ -130,12 +187,10 @@ def test_what_is_compared_does_not_depend_on_who_abstains() -> None:
         assert (set(alone.p_values), alone.n) == ({"collapse"}, 19)
 
 
-FAST = replace(SCAN, fast=True)
-
-
 def test_without_clean_models_nothing_is_claimed() -> None:
     result = scanned(FAST, planted().model, images())
     assert result.verdict == "inconclusive"
+    assert result.ground == "uncompared"
     assert result.reason.startswith("there are no clean models to compare with")
     assert result.target_class == 3  # pointed at all the same
     assert result.confidence is not None
@@ -169,7 +224,9 @@ def test_a_calibration_with_other_options_or_images_does_not_apply() -> None:
 def test_one_image_a_class_or_fewer(count: int) -> None:
     result = scanned(SCAN, planted().model, images(count))
     assert result.verdict == "inconclusive"
-    assert f"{count} images for 8 classes are too few" in result.reason
+    assert f"{count} images are too few for a verdict: 8 of the model's 8 classes" in result.reason
+    # Said before any work is done.
+    assert (result.ground, result.evidence, result.exposure) == ("too few images", (), None)
 
 
 def test_no_image_and_one_image_are_refused() -> None:
@@ -215,14 +272,23 @@ def test_two_classes_get_an_answer() -> None:
     assert result.verdict == "inconclusive"
     collapse = result.detection("collapse")
     assert collapse is not None
-    assert "2 classes leave errors too few places to go" in collapse.undetermined
+    assert "images of 2 classes leave errors too few places to go" in collapse.undetermined
 
 
 def test_two_hundred_classes_get_an_answer() -> None:
     result = scanned(replace(FAST, suppression=Suppression(budget=10)), *separable(200, 1))
     assert result.plausibility.accuracy.value == 1.0
     assert result.verdict == "inconclusive"
-    assert "200 images for 200 classes are too few for a verdict; give at least 1000" in result.reason
+    assert "200 of the model's 200 classes have fewer than 5, such as '0' with 1" in result.reason
+
+
+def test_images_of_few_classes_permit_no_verdict() -> None:
+    clean = images(400)
+    for most in (1, 2):
+        few = clean.subset(clean.labels < most)
+        result = scanned(calibrated(SCAN, 9.0, 9.0, len(few)), planted().model, few)
+        assert (result.verdict, result.ground) == ("inconclusive", "too few images")
+        assert f"{8 - most} of the model's 8 classes have fewer than 5" in result.reason
 
 
 def test_a_dead_network_is_named() -> None:
@@ -231,6 +297,24 @@ def test_a_dead_network_is_named() -> None:
         for parameter in model.parameters():
             parameter.zero_()
     result = scanned(SCAN, model, images())
+    assert result.verdict == "inconclusive"
+    assert "it answers '0' for every image" in result.reason
+
+
+def test_a_dead_network_on_unbalanced_images_is_named() -> None:
+    model = small_network(classes=8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    even = images(400)
+    often = (torch.arange(400) % 10 == 0) | (even.labels == 0)
+    clean = even.subset(often.nonzero().flatten().repeat(2))
+    first = clean.subset(clean.labels == 0)
+    clean = LabelledImages(
+        torch.cat([clean.images, *[first.images] * 3]), torch.cat([clean.labels, *[first.labels] * 3])
+    )
+    result = scanned(SCAN, model, clean)
+    assert result.plausibility.accuracy.value > 0.7
     assert result.verdict == "inconclusive"
     assert "it answers '0' for every image" in result.reason
 

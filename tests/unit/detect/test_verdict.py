@@ -134,8 +134,17 @@ def test_few_images_come_first() -> None:
     verdict, reason, _ = judge(HIGH, SMALL, images=IMAGES.subset(torch.arange(19)))
     assert (verdict, reason) == (
         "inconclusive",
-        "19 images for 4 classes are too few for a verdict; give at least 20",
+        "19 images are too few for a verdict: 1 of the model's 4 classes have fewer than 5, such as 'cow' "
+        "with 4; give at least 5 of each",
     )
+
+
+def test_each_class_of_the_model_needs_images() -> None:
+    # Forty images, ten a class on average, and none of the last two classes.
+    two = LabelledImages(IMAGES.images, torch.arange(40) % 2, IMAGES.class_names)
+    verdict, reason, _ = judge(LOW, NONE, images=two)
+    assert verdict == "inconclusive"
+    assert "2 of the model's 4 classes have fewer than 5, such as 'hen' with 0; give at least 5" in reason
 
 
 def calibration(origin: Origin) -> CalibrationSet:

@@ -195,16 +195,16 @@ def test_detection_counts_misses_targets_and_false_alarms(tmp_path: Path) -> Non
     assert found["NC", "measured"] == [
         "2/2 [34.2, 100.0]",
         "0/2 [0.0, 65.8]",
-        "1/1 [20.7, 100.0]",
+        "-",
         "2/4 [15.0, 85.0]",
         "50.00",
         "1/2 [9.5, 90.5]",
-        "14.29",
+        "16.67",
         "1.0",
     ]
     assert [found["NC", "paper"][place] for place in (0, 1, 3)] == ["100.00", "20.50", "51.33"]
     assert rates.columns[4].title == "SIG (attack did not take)"
-    assert "3 infected and 2 clean models" in rates.notes[0]
+    assert "2 infected and 2 clean models" in rates.notes[0]
     assert rates.notes[1] == "1 of 7 questions were refused; their records say why."
     assert rates.notes[2].startswith("Models whose attack did not take, in no mean over models")
     assert rows(scores)["BadNets",] == ["0.850 / 0.500"]

@@ -38,9 +38,11 @@ def _rates(run: Run, answers: Sequence[Answer], published: str) -> Table:
     columns += [Column("Average", ("DR",)), Column("right target", ("%",)), Column("false alarms", ("FPR",))]
     columns += [Column("abstained", ("%",)), Column("seconds", ("s",), digits=1)]
     rows: list[tuple[Entry, ...]] = []
-    for method, group in grouped(answers, lambda answer: answer.method).items():
+    for method, everything in grouped(answers, lambda answer: answer.method).items():
+        # One population in all columns: where the attack did not take there is nothing to detect.
+        group = [a for a in everything if a.took]
         by_attack = [[a for a in group if a.model == attack] for attack in attacks]
-        infected = [a for a in group if a.attack is not None and a.took]
+        infected = [a for a in group if a.attack is not None]
         clean = [a for a in group if a.attack is None]
         targets = [
             100.0 * (a.value("target_class") == a.value("true_target"))
@@ -50,7 +52,7 @@ def _rates(run: Run, answers: Sequence[Answer], published: str) -> Table:
             and a.value("true_target") is not None
         ]
         abstained = [100.0 * (a.value("flagged") is None) for a in group if a.status in JUDGED]
-        seconds = [float(a.value("cost", "seconds") or NAN) for a in group if a.ok]
+        seconds = [float(a.value("cost", "seconds") or NAN) for a in everything if a.ok]
         rows.append(
             (
                 text(title_of(method)),
@@ -96,7 +98,7 @@ def _counted(answers: Sequence[Answer]) -> Entry:
 
 
 def _counts(answers: Sequence[Answer]) -> str:
-    infected = {a.model for a in answers if a.attack is not None}
+    infected = {a.model for a in answers if a.attack is not None and a.took}
     clean = {a.model for a in answers if a.status in JUDGED and a.attack is None}
     return f"{len(infected)} infected and {len(clean)} clean models"
 
