@@ -92,7 +92,7 @@ def test_an_epoch_shows_each_image_once_however_often_it_is_checked(
     count: int, epochs: int, checks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[int] = []
-    true_batches = suppression.batches
+    true_batches = suppression.batches  # type: ignore[attr-defined]
 
     def spy(*given: Any, **options: Any) -> Iterator[Batch]:  # noqa: ANN401
         for batch in true_batches(*given, **options):
