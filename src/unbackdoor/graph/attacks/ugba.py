@@ -32,7 +32,7 @@ class UGBA:
 
     Deviations: nodes are drawn at random instead of chosen by clustering; one step of each problem a round;
     200 rounds instead of 400, and a weight of 1 instead of about 100 on that similarity, so that triggers may
-    be easier to prune than theirs (``paper`` takes both; it was not measured).
+    be easier to prune than theirs (``paper`` takes both).
     Reconstructed: the number of nodes on which the generator learns in each round.
 
     Args:
