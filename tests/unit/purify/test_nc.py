@@ -82,7 +82,7 @@ def test_units_are_ranked_by_how_much_the_triggers_raise_them(monkeypatch: pytes
         model.get_parameter("norm2.bias")[5] += 20.0
         head = model.get_submodule("head")
         assert isinstance(head, nn.Linear)
-        head.bias -= 20.0 * head.weight[:, 5]
+        head.bias.sub_(20.0 * head.weight[:, 5])
     mask = torch.zeros(1, 16, 16)
     mask[:, -3:, -3:] = 1.0
     corner = torch.zeros(3, 16, 16)
