@@ -36,7 +36,7 @@ parts as `recipe.epochs`.
 **How much is pruned.** Methods that rank filters share one rule, `selection.amount=guarded`: walk down the ranking
 and skip each filter whose removal costs more on clean images than the guard allows
 ([why](../adr/0004-guarded-walk.md)). So a comparison compares rankings and not tuning, with
-two exceptions: MNP's guard also asks each removal for a benefit where MNP exposed the backdoor, and TSBD chooses a share
+two exceptions: MNP's guard also asks each removal for a benefit where MNP exposed the backdoor (and what is left may relearn), and TSBD chooses a share
 of the filters by the accuracy of the whole defence on images that it keeps for that. `own` is each paper's own rule,
 `count` and `fraction` take a number.
 

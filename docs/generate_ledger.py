@@ -31,7 +31,7 @@ balanced over the classes by the seed) and a seed, and nothing else; none sees a
 or the attack success rate, which `make lint` checks by the imports. **By default all methods that prune share one
 rule for how much**, so that a table compares rankings; `--paper` takes each paper's own. Two differences are left. The guard
 of MNP also asks each removal for a benefit where MNP exposed the backdoor, and by default the other methods have no such
-place; `selection.expose=unlearnt` with `selection.guard.benefit` gives them one, RNP's unlearnt copy. TSBD clears weights of
+place; `selection.expose=unlearnt` with `selection.guard.benefit` gives them one, RNP's unlearnt copy; where MNP found triggers it also tunes what pruning left. TSBD clears weights of
 many filters at once and fine-tunes, so it walks over shares, not filters: it keeps a fifth of the images, takes the largest
 share whose whole defence costs no more accuracy on these than the guard allows, and of the guard knows that limit alone; the
 others measure on the images that they learn from. How our defaults were chosen stands in RESULTS.md.

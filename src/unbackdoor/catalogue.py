@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -168,10 +169,23 @@ def _joined(hints: Iterable[Any]) -> str:
     return " and ".join(dict.fromkeys(kind_of(hint) for hint in hints))
 
 
+def _is_part(value: object) -> bool:
+    return is_dataclass(value) and not isinstance(value, type)
+
+
+def _differing(part: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass
+    """Return the options of a part that are not its class's defaults, as JSON values."""
+    usual = type(part)()
+    names = [field.name for field in fields(part)]
+    return {name: getattr(part, name) for name in names if getattr(part, name) != getattr(usual, name)}
+
+
 def shown(value: object) -> str:
     """Return a value as ``--set`` would take it."""
+    if isinstance(value, tuple) and value and all(map(_is_part, value)):
+        return json.dumps([_differing(each) for each in value])
     if isinstance(value, tuple):
-        return ",".join(shown(each) for each in value) if value else "nothing"
+        return ",".join(shown(each) for each in value) if value else "[]"
     if is_dataclass(value) and not isinstance(value, type):
         inner = ", ".join(f"{field.name}={shown(getattr(value, field.name))}" for field in fields(value))
         return f"({inner})"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar, get_type_hints
+from dataclasses import Field, fields, is_dataclass, replace
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -14,9 +14,13 @@ from unbackdoor.errors import InvalidInputError
 
 Method = TypeVar("Method")
 
+_NONE = ("none", "null")
+
 
 def configure(method: Method, assignments: Sequence[str], *, unlisted: Collection[str] = ()) -> Method:
     """Return a copy of ``method`` with the options in ``assignments``.
+
+    A part that may be left out is so by ``part=none``, and comes back with its default by any of its options.
 
     Args:
         method: A dataclass instance.
@@ -46,6 +50,7 @@ def _assigned(
 ) -> Any:
     names, hints = [field.name for field in fields(target)], get_type_hints(type(target))
     values: dict[str, Any] = {}
+    parts = {field.name: _part_of(target, field) for field in fields(target)}
     inner: dict[str, list[tuple[list[str], str, str]]] = {}
     for path, value, full in assignments:
         if path[0] not in names:
@@ -54,24 +59,40 @@ def _assigned(
             hint = f"did you mean {prefix + near[0]!r}? " if near else ""
             known = ", ".join(prefix + name for name in offered)
             raise InvalidInputError(f"unknown option {full!r}: {hint}known are {known}.")
-        current = getattr(target, path[0])
+        part = parts[path[0]]
         if len(path) > 1:
-            if not is_dataclass(current):
+            if part is None:
                 raise InvalidInputError(f"option {path[0]!r} has no parts, so {full!r} does not exist.")
             inner.setdefault(path[0], []).append((path[1:], value, full))
-        elif is_dataclass(current):
-            parts = ", ".join(f"{full}.{field.name}" for field in fields(current))
-            raise InvalidInputError(f"option {full!r} has parts; set one of {parts}.")
+        elif part is not None and not (_may_be_none(hints[path[0]]) and value in _NONE):
+            known = ", ".join(f"{full}.{field.name}" for field in fields(part))
+            raise InvalidInputError(f"option {full!r} has parts; set one of {known}.")
         else:
             values[path[0]] = _parse(hints[path[0]], value, full)
     values |= {
-        name: _assigned(getattr(target, name), parts, prefix=f"{prefix}{name}.")
-        for name, parts in inner.items()
+        name: _assigned(parts[name], assigned, prefix=f"{prefix}{name}.") for name, assigned in inner.items()
     }
     return replace(target, **values)
 
 
+def _part_of(target: Any, field: Field[Any]) -> Any:
+    """Return the dataclass in a field, the default one if it is left out, or None if there is never any."""
+    current = getattr(target, field.name)
+    if current is None and callable(field.default_factory):
+        current = field.default_factory()
+    return current if is_dataclass(current) and not isinstance(current, type) else None
+
+
+def _may_be_none(kind: Any) -> bool:
+    return type(None) in get_args(kind)
+
+
 def _parse(kind: Any, value: str, full: str) -> Any:
+    if _may_be_none(kind) and value in _NONE:
+        return None
+    inside = get_args(kind)[0] if get_origin(kind) is tuple else None
+    if is_dataclass(inside):
+        return _parse_list(inside, value, full)
     try:
         decoded = json.loads(value)
     except ValueError:
@@ -83,3 +104,22 @@ def _parse(kind: Any, value: str, full: str) -> Any:
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
     raise InvalidInputError(f"option {full!r} cannot be {value!r}: {problem}.")
+
+
+def _parse_list(cls: Any, value: str, full: str) -> tuple[Any, ...]:
+    """Read a JSON list of objects, each the options of one ``cls`` that differ from its defaults."""
+    try:
+        rows = json.loads(value)
+    except ValueError:
+        rows = None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        names = ", ".join(field.name for field in fields(cls))
+        raise InvalidInputError(
+            f"option {full!r} takes a JSON list of objects with some of {names}, got {value!r}."
+        )
+    made = []
+    for row in rows:
+        given = [([name], each if isinstance(each, str) else json.dumps(each), f"{full}.{name}")
+                 for name, each in row.items()]  # fmt: skip
+        made.append(_assigned(cls(), given, prefix=f"{full}."))
+    return tuple(made)

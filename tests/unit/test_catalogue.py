@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -12,8 +12,10 @@ from unbackdoor.errors import InvalidInputError
 from unbackdoor.graph.attacks import ATTACKS as GRAPH_ATTACKS
 from unbackdoor.graph.detect import RIGBD
 from unbackdoor.graph.purify import PURIFIERS as GRAPH_PURIFIERS
+from unbackdoor.purify import FP, GUP, NAD
 from unbackdoor.purify.registry import PURIFIERS
 from unbackdoor.settings import configure
+from unbackdoor.train import Recipe
 
 EVERY = [
     pytest.param(kind, cls, id=f"{kind}-{name}")
@@ -73,7 +75,7 @@ def test_options_are_read_off_fields_and_docstrings() -> None:
     assert catalogue.options_of(Dig()) == [
         catalogue.Option("part.depth", "float", "0.0001", "How deep, in metres."),
         catalogue.Option("mode", "slow | fast", "slow", "How."),
-        catalogue.Option("tools", "list of str", "nothing", "With what."),
+        catalogue.Option("tools", "list of str", "[]", "With what."),
         catalogue.Option("count", "int or none", "none", ""),
     ]
 
@@ -109,12 +111,36 @@ def test_every_method_says_what_it_is_and_what_each_option_means(kind: str, cls:
 
 @pytest.mark.parametrize(("kind", "cls"), EVERY)
 def test_every_default_can_be_given_back_as_text(kind: str, cls: type[Any]) -> None:
-    # Parts of parts that are lists of dataclasses (schedules) cannot be written in one option.
     for option in catalogue.options_of(cls()):
         value = _value(cls(), option.path)
-        if option.default in ("none", "nothing") or (isinstance(value, tuple) and is_dataclass(value[0])):
-            continue
         assert _value(configure(cls(), [f"{option.path}={option.default}"]), option.path) == value
+
+
+@pytest.mark.parametrize("method", [FP(), GUP()], ids=["fp", "gup"])
+def test_a_part_that_may_be_left_out_is_and_comes_back(method: FP | GUP) -> None:
+    without = configure(method, ["recipe=none"])
+    assert without == replace(method, recipe=None)
+    assert method.recipe is not None
+    assert configure(without, ["recipe.epochs=3"]).recipe == replace(method.recipe, epochs=3)
+    with pytest.raises(InvalidInputError, match=r"set one of recipe\.epochs"):
+        configure(without, ["recipe=3"])
+    with pytest.raises(InvalidInputError, match="option 'selection' has parts"):
+        configure(method, ["selection=none"])
+
+
+def test_lists_of_parts_are_json() -> None:
+    text = '[{"epochs": 3, "nesterov": true}, {"schedule": "constant"}]'
+    found = configure(NAD(), [f"teacher={text}"]).teacher
+    assert found == (Recipe(epochs=3, nesterov=True), Recipe(schedule="constant"))
+    assert configure(NAD(), ["betas=2", "layers=[]"]) == replace(NAD(), betas=(2.0,))
+    for odd, sentence in (
+        ("2", "takes a JSON list of objects with some of epochs"),
+        ("(epochs=2)", "takes a JSON list"),
+        ('[{"epoch": 3}]', "did you mean 'teacher.epochs'"),
+        ('[{"epochs": "many"}]', "option 'teacher.epochs' cannot be 'many'"),
+    ):
+        with pytest.raises(InvalidInputError, match=sentence):
+            configure(NAD(), [f"teacher={odd}"])
 
 
 def _value(method: object, path: str) -> object:

@@ -13,7 +13,7 @@ import networks as nets
 from unbackdoor import rng, suppression
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.suppression import Check, Suppressed, Suppression, confusion_of, suppress
-from unbackdoor.train import Batch
+from unbackdoor.train import Batch, batches
 from unbackdoor.types import LabelledImages
 
 ONE_STEP = Suppression(
@@ -92,7 +92,7 @@ def test_an_epoch_shows_each_image_once_however_often_it_is_checked(
     count: int, epochs: int, checks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[int] = []
-    true_batches = suppression.batches  # type: ignore[attr-defined]
+    true_batches = batches
 
     def spy(*given: Any, **options: Any) -> Iterator[Batch]:  # noqa: ANN401
         for batch in true_batches(*given, **options):

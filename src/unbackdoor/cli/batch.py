@@ -147,6 +147,8 @@ class FileScanner:
 
     def _options(self) -> str:
         scan, calibration = plain(asdict(self.scan)), self.scan.calibration
+        if not self.scan.other_options:
+            del scan["other_options"]  # scans from before the option keep their keys
         known = [calibration] if calibration else shipped_calibrations()
         about = {
             "tool": unbackdoor.__version__,

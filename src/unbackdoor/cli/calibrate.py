@@ -49,16 +49,15 @@ def calibrate(
     """
     from unbackdoor.cli import calibrating, console, inputs, show
     from unbackdoor.cli import surrogates as surrogates_of
-    from unbackdoor.cli.scanning import FLAGS
+    from unbackdoor.cli.scanning import configured_scan
     from unbackdoor.compute import device_named
     from unbackdoor.detect.scan import Scan
     from unbackdoor.errors import InvalidInputError
-    from unbackdoor.settings import configure
 
     if bool(models) == bool(surrogates):
         raise InvalidInputError("give either clean models, or a number of --surrogates to train.")
     show.check_folder(out)
-    scan = configure(Scan(others=tuple(detector or ())), settings or [], unlisted=FLAGS)
+    scan = configured_scan(Scan(others=tuple(detector or ())), settings or [])
     data = inputs.read_data(inputs.DataOptions(clean, split, clean_count, image_size, class_names))
     pool, entries = data, list[calibrating.CleanModel]()
     if surrogates:

@@ -38,7 +38,8 @@ def scan(
     ),
     detector: list[str] | None = typer.Option(
         None,
-        help="Also run this model detector (`unbackdoor methods`); shown, it does not decide. Repeatable.",
+        help="Also run this model detector (`unbackdoor methods`); shown, it does not decide. Repeatable; "
+        "its options by --set others.NAME.option=value.",
     ),
     settings: o.ScanSettings = None,
     seed: o.Seed = 0,
@@ -64,11 +65,10 @@ def scan(
     from unbackdoor.detect.calibration import read_calibration
     from unbackdoor.detect.scan import Scan
     from unbackdoor.errors import InvalidInputError
-    from unbackdoor.settings import configure
 
     for path in (report, sarif):
         show.check_folder(path, *model, Path(calibration) if calibration else None)
-    method = configure(
+    method = scanning.configured_scan(
         Scan(
             alpha=alpha,
             fast=fast,
@@ -76,7 +76,6 @@ def scan(
             others=tuple(detector or ()),
         ),
         settings or [],
-        unlisted=scanning.FLAGS,
     )
     how = inputs.ModelOptions(model[0], arch, num_classes, width, mean, std, normalize, device)
     images = inputs.DataOptions(clean, split, clean_count, image_size, class_names)

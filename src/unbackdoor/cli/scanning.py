@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from unbackdoor.detect.trigger_search import RecoveredTrigger
 from unbackdoor.detect.verdict import limits_of
 from unbackdoor.errors import MissingDependencyError
 from unbackdoor.report import documents as doc
+from unbackdoor.settings import configure
 from unbackdoor.types import LabelledImages, Progress, as_float
 
 ADVICE = {
@@ -32,14 +33,32 @@ CLOSE = (
 )
 """The advice where nothing is there to mend."""
 
-FLAGS = ("fast", "calibration", "others")
+FLAGS = ("fast", "calibration", "others", "other_options")
 """Options of a scan that the commands have flags of their own for."""
+
+OTHERS = "others."
+"""Before the options of further detectors, as in ``others.nc.fewest_classes=4``."""
 
 UNCOMPARED = (
     "Do not rely on this model yet. Score clean models of this kind with `unbackdoor calibrate` and scan "
     "again with `--calibration`."
 )
 """The advice where nothing is missing but clean models to compare with."""
+
+
+def configured_scan(scan: Scan, settings: Sequence[str]) -> Scan:
+    """Return ``scan`` with options as ``--set`` takes them, those of its further detectors included.
+
+    Raises:
+        InvalidInputError: If an option does not exist, or a value does not fit.
+    """
+    of_others = tuple(each.strip().removeprefix(OTHERS) for each in settings if _is_of_others(each))
+    own = [each for each in settings if not _is_of_others(each)]
+    return configure(replace(scan, other_options=of_others), own, unlisted=FLAGS)
+
+
+def _is_of_others(setting: str) -> bool:
+    return setting.strip().startswith(OTHERS)
 
 
 def scan_document(

@@ -34,6 +34,7 @@ from unbackdoor.detect.verdict import (
     too_few_images,
 )
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
+from unbackdoor.settings import configure
 from unbackdoor.suppression import Suppression
 from unbackdoor.types import Detection, LabelledImages, ModelDetector, Progress, silent
 
@@ -123,7 +124,8 @@ class Scan:
         alpha: Largest false-positive rate, in (0, 1).
         calibration: Clean models' scores; None takes what comes with the package for this kind of network.
         smallest_per_class: With fewer images of any class of the model, no verdict is given.
-        others: More model detectors by name, run with their default options, whose opinions are shown.
+        others: More model detectors by name, whose opinions are shown.
+        other_options: Options of ``others``, as ``name.option=value``.
     """
 
     suppression: Suppression = field(default_factory=Suppression)
@@ -135,6 +137,7 @@ class Scan:
     calibration: CalibrationSet | None = None
     smallest_per_class: float = 5.0
     others: tuple[str, ...] = ()
+    other_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
@@ -144,12 +147,22 @@ class Scan:
                 f"deciding must hold {' and '.join(REQUIRED)} and may hold others of {', '.join(KINDS)}; got "
                 f"{self.deciding}."
             )
-        names = [cls.name for cls in self._other_classes()]
+        names = [detector.name for detector in self._others()]
         if repeated := [name for name in names if name in KINDS or names.count(name) > 1]:
             raise InvalidInputError(f"a scan runs {dashed(repeated[0])!r} once; do not name it again.")
 
-    def _other_classes(self) -> list[type[Any]]:
-        return [find("model detector", MODEL_DETECTORS, name) for name in self.others]
+    def _others(self) -> list[Any]:
+        classes = [find("model detector", MODEL_DETECTORS, name) for name in self.others]
+        settings: dict[str, list[str]] = {cls.name: [] for cls in classes}
+        for text in self.other_options:
+            name, _, assignment = text.partition(".")
+            if name.replace("-", "_") not in settings:
+                raise InvalidInputError(
+                    f"{text!r} is for a detector that does not run; the scan's other detectors are "
+                    f"{', '.join(map(dashed, settings)) or 'none'}."
+                )
+            settings[name.replace("-", "_")].append(assignment)
+        return [configure(cls(), settings[cls.name]) for cls in classes]
 
     def detectors(self) -> dict[str, Any]:
         """Return the detectors of this scan by name, uncalibrated."""
@@ -158,7 +171,7 @@ class Scan:
             CorrelationRatio(self.suppression, self.statistic),
             self.search,
             HeadWeights(),
-            *(cls() for cls in self._other_classes()),
+            *self._others(),
         )
         return {detector.name: detector for detector in found if not (self.fast and detector is self.search)}
 
@@ -252,7 +265,7 @@ class Scan:
                 progress=progress,
             )
             opinions["trigger_search"] = (self.search.judge(triggers), clock.lap())
-        for name in ("head_weights", *(cls.name for cls in self._other_classes())):
+        for name in ("head_weights", *(detector.name for detector in self._others())):
             opinion = _opinion(detectors[name], model, clean, rng.spawn(generator), progress)
             opinions[name] = (opinion, clock.lap())
         evidence = tuple(

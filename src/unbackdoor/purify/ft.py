@@ -67,7 +67,7 @@ class FT:
     epoch is picked.
 
     Args:
-        recipe: Schedule; ``FT.super()`` has that of super-FT.
+        recipe: Schedule. That of super-FT, whose rate swings, is ``FT.super()``: in Python only.
     """
 
     name: ClassVar[str] = "ft"

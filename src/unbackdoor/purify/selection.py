@@ -3,7 +3,8 @@
 Scores say in which order filters go; this says how far. With the same rule, the same guard and, for equal
 seeds, the same held-out images for every method, a comparison compares scores and not tuning. Two
 differences are left: MNP's own guard also asks each removal for a benefit where the backdoor was exposed, and
-by default the other methods have no such place; ``Selection.expose`` gives them one. And TSBD, which clears
+by default the other methods have no such place; ``Selection.expose`` gives them one (and MNP tunes what
+is left where it found triggers). And TSBD, which clears
 weights of many filters and fine-tunes, chooses a share of the filters by the accuracy of its whole defence on
 images of its own split, which it does not learn from.
 """

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from unbackdoor.cli import batch
+from unbackdoor.cli import batch, inputs
+from unbackdoor.detect import scan as scanner
 
 from .conftest import ARCH, Files, Result, Run
 
@@ -132,3 +133,23 @@ def test_a_warning_about_some_files_names_them() -> None:
     assert batch.warnings_of([*both, old]) == ["a.pt, b.pt: All.", "a.pt: Some."]
     many = [found(f"{i}.pt", "W.") for i in range(5)]
     assert batch.warnings_of([*many, old]) == ["0.pt, 1.pt, 2.pt and 2 more: W."]
+
+
+def test_options_of_further_detectors_are_part_of_what_a_scan_is_known_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[dict[str, Any]] = []
+
+    def note(about: dict[str, Any]) -> str:
+        known.append(about)
+        return ""
+
+    monkeypatch.setattr(batch, "key_of", note)
+    how = inputs.ModelOptions(tmp_path / "m", ARCH)
+    images = inputs.DataOptions(str(tmp_path), "train", 100)
+    chosen: tuple[tuple[str, ...], ...] = ((), ("nc.fewest_classes=4",))
+    for options in chosen:
+        method = scanner.Scan(others=("nc",), other_options=options)
+        batch.FileScanner(how, images, method, 0, tmp_path)._options()
+    # Scans without such options were known before there were any.
+    assert ["other_options" in about["scan"] for about in known] == [False, True]

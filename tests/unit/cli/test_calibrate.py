@@ -74,6 +74,19 @@ def test_own_models_are_scored_once_and_used_by_a_scan(
     for one, before in zip(more.json["detectors"], scan.json["detectors"], strict=False):
         assert (one["score"], one["p_value"]) == (before["score"], before["p_value"])
 
+    # With other options it is another detector: the calibration says nothing of it.
+    changed = run(
+        "scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--calibration", out, "--json",
+        "--alpha", 0.35, "--fast", "--detector", "rnp-label", *QUICK,
+        "--set", "others.rnp-label.unlearning.budget=3",
+    )  # fmt: skip
+    assert changed.code == more.code, changed.err
+    row = next(row for row in changed.json["detectors"] if row["name"] == "rnp_label")
+    assert row["p_value"] is None
+    assert changed.json["settings"]["scan"]["other_options"] == ["rnp-label.unlearning.budget=3"]
+    stray = run("scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--set", "others.nc.alpha=1")
+    assert (stray.code, "is for a detector that does not run" in stray.err) == (2, True)
+
     other = calibrate(run, files, honest, "--out", out)
     assert other.code == 2
     assert "made with other options, models or images; choose another --out, or add --force" in other.err

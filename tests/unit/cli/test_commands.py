@@ -278,7 +278,7 @@ def test_the_options_of_a_scan_are_listed_without_those_that_have_flags(run: Run
     (scan,) = json.loads(run("methods", "scan", "--json").out)
     paths = {option["path"] for option in scan["options"]}
     assert {"suppression.budget", "search.first.steps", "deciding", "smallest_per_class"} <= paths
-    assert not {"fast", "calibration", "others"} & paths
+    assert not {"fast", "calibration", "others", "other_options"} & paths
     words = run("methods", "scan").out
     assert words.startswith("scan (scan): ")
     assert "suppression.budget" in words.split()

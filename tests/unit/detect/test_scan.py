@@ -13,6 +13,8 @@ from torch import nn
 from unbackdoor import rng
 from unbackdoor.detect.calibration import CalibrationSet, Kind, ScoredModel, options_of
 from unbackdoor.detect.evidence import Evidence
+from unbackdoor.detect.mm_bd import MaximumMargin
+from unbackdoor.detect.nc import TriggerSize
 from unbackdoor.detect.plausibility import Plausibility
 from unbackdoor.detect.scan import Measured, Scan, ScanResult
 from unbackdoor.detect.trigger_search import FoundTriggers, RecoveredTrigger, TriggerSearch
@@ -361,6 +363,17 @@ def test_other_detectors_are_shown_and_do_not_decide() -> None:
     for others in (("nc", "nc"), ("collapse",), ("magic",)):
         with pytest.raises(InvalidInputError, match=r"once; do not name it again|unknown model detector"):
             replace(FAST, others=others)
+
+
+def test_other_detectors_take_options() -> None:
+    chosen = ("mm-bd.steps=7", "nc.inversion.steps=9", "mm_bd.restarts=2")
+    found = replace(FAST, others=("nc", "mm-bd"), other_options=chosen).detectors()
+    assert found["mm_bd"] == MaximumMargin(steps=7, restarts=2)
+    assert found["nc"] == TriggerSize(inversion=Inversion(steps=9))
+    with pytest.raises(InvalidInputError, match=r"'ban.steps=3' is for a detector that does not run.*nc"):
+        replace(FAST, others=("nc",), other_options=("ban.steps=3",))
+    with pytest.raises(InvalidInputError, match="did you mean 'fewest_classes'"):
+        replace(FAST, others=("nc",), other_options=("nc.fewest_class=3",))
 
 
 @pytest.mark.parametrize("options", [{"alpha": 0.0}, {"deciding": ("collapse",)}, {"deciding": ("magic",)}])

@@ -29,7 +29,7 @@ from unbackdoor.purify.rnp import RNP
 from unbackdoor.purify.selection import Selection, guarded_units, select
 from unbackdoor.purify.tsbd import TSBD
 from unbackdoor.settings import configure
-from unbackdoor.suppression import Suppression
+from unbackdoor.suppression import Suppression, suppress
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.testing.subjects import small_data, small_network
 from unbackdoor.train import Recipe
@@ -183,7 +183,9 @@ def test_learners_and_guard_each_get_their_part_of_the_images(
         def spy(*given: Any, **options: Any) -> Any:  # noqa: ANN401
             values = [*given, *options.values()]
             values += [each.data for each in values if isinstance(each, Exposed)]
-            parts: list[Any] = [each for each in values if isinstance(each, LabelledImages)]
+            parts: list[LabelledImages | Tensor] = [
+                each for each in values if isinstance(each, LabelledImages)
+            ]
             # Fine-pruning hands over images or labels alone.
             parts += [each for each in values[2:] if isinstance(each, Tensor) and len(each) == len(held)]
             seen.setdefault(name, []).extend(parts)
@@ -213,7 +215,7 @@ def test_learners_and_guard_each_get_their_part_of_the_images(
 def test_an_unlearnt_copy_unlearns_what_the_scores_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
     learning, held = selecting.divide(CLEAN, 0.5, rng.generator(3))
     unlearnt: list[LabelledImages] = []
-    true = selecting.suppress  # type: ignore[attr-defined]
+    true = suppress
 
     def spy(model: nn.Module, data: LabelledImages, *given: Any, **options: Any) -> Any:  # noqa: ANN401
         unlearnt.append(data)
