@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,30 @@ def purify_document(
         walk=_walk(diagnostics.get("walk", [])),
         untreated=[doc.Untreated(layer=item.name, reason=item.reason) for item in filter_map.untreated],
         passes=cost.describe(),
-        warnings=list(warnings),
+        warnings=[*warnings, *refused_relearning(diagnostics.get("relearning", []))],
         limits=list(PURIFY_LIMITS),
     )
     return PurifyJob(purified, document)
+
+
+def refused_relearning(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say where a trigger was found and what relearnt to ignore it was not taken, so that it may still work.
+
+    Args:
+        log: MNP's diagnostics of each relearning.
+    """
+    return [
+        f"The relearning after {step['exposure']} was not taken: "
+        + (
+            step["problem"].rstrip(".")
+            if "problem" in step
+            else f"clean accuracy fell from {step['accuracy_of_the_suspect']:.1%} to {step['accuracy']:.1%}"
+        )
+        + "; the trigger that was found may still work. Allow more with --set guard.accuracy, or lower "
+        "--set relearning.recipe.learning_rate."
+        for step in log
+        if not step["taken"]
+    ]
 
 
 def _outcome(model: nn.Module, purified: Purified, filter_map: FilterMap) -> str:

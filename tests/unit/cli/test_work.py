@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from unbackdoor.cli.work import refused_relearning
+
+STEP = {"exposure": "inversion", "taken": True, "accuracy_of_the_suspect": 0.9, "accuracy": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (STEP | {"taken": False}, "fell from 90.0% to 80.0%; the trigger that was found may still work"),
+        ({"exposure": "inversion", "taken": False, "problem": "it diverged."}, "it diverged; the trigger"),
+    ],
+)
+def test_what_was_not_relearnt_is_said(step: dict[str, Any], said: str) -> None:
+    (sentence,) = refused_relearning([STEP, step])
+    assert said in sentence
+    assert sentence.startswith("The relearning after inversion was not taken")
+
+
+def test_nothing_is_said_where_nothing_was_refused() -> None:
+    assert refused_relearning([]) == refused_relearning([STEP]) == []
