@@ -92,7 +92,11 @@ def purify_document(
         walk=_walk(diagnostics.get("walk", [])),
         untreated=[doc.Untreated(layer=item.name, reason=item.reason) for item in filter_map.untreated],
         passes=cost.describe(),
-        warnings=[*warnings, *refused_relearning(diagnostics.get("relearning", []))],
+        warnings=[
+            *warnings,
+            *refused_relearning(diagnostics.get("relearning", [])),
+            *remaining_triggers(diagnostics.get("relearning", []), learning.class_names),
+        ],
         limits=list(PURIFY_LIMITS),
     )
     return PurifyJob(purified, document)
@@ -115,6 +119,23 @@ def refused_relearning(log: Sequence[Mapping[str, Any]]) -> list[str]:
         "--set relearning.recipe.learning_rate."
         for step in log
         if not step["taken"]
+    ]
+
+
+def remaining_triggers(log: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> list[str]:
+    """Say where the last round of relearning left a trigger that is as small as a backdoor's.
+
+    Args:
+        log: MNP's diagnostics of each relearning.
+        class_names: By number; may be empty.
+    """
+    last = {step["exposure"]: step["left"] for step in log if "left" in step}
+    return [
+        f"After {way} and the last relearning a suspiciously small trigger still leads to "
+        f"{' and '.join(class_names[k] if class_names else f'class {k}' for k in left)}; allow more with "
+        "--set rounds, or do not use this model."
+        for way, left in last.items()
+        if left
     ]
 
 

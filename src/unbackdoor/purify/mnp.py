@@ -18,7 +18,7 @@ from unbackdoor.filters.magnitude import layer_normalised, magnitudes
 from unbackdoor.filters.mask import FilterMask, PruneMode
 from unbackdoor.filters.saliency import clean_loss
 from unbackdoor.filters.select import Exposed, Guard, Step, below, guarded_walk, order
-from unbackdoor.inversion import Inversion, InvertedTrigger
+from unbackdoor.inversion import Inversion, InvertedTrigger, invert_all
 from unbackdoor.masks import LearntMasks, MaskTraining, learn_masks
 from unbackdoor.purify.nc import suspects
 from unbackdoor.purify.relearning import Relearning, relearn
@@ -64,13 +64,16 @@ class MNP:
         anomaly_threshold: They are only if that norm's anomaly index is larger than this as well; the usual 2
             misses small patches where the norms of the other classes vary much.
         fewest_classes: With fewer valid norms no class is: their median says nothing.
-        settled: If this share of the loss on stamped images is gone after removals and relearning, a backdoor
-            was found and is gone: suppression is then left out, since it would cost clean accuracy for
-            nothing. Above 1: all ways are always taken.
+        settled: If this share of the loss on stamped images is gone after removals and relearning, and no
+            suspicious class is left, a backdoor was found and is gone: suppression is then left out, since it
+            would cost clean accuracy for nothing. Above 1: all ways are always taken.
         relearns: When the survivors are tuned: ``never``, as in the paper; if ``triggers`` were found; or
             ``always``, after suppression too, on clean images alone. A model that lost more clean accuracy
             than the guard allows is not taken.
         relearning: How.
+        rounds: How often at most the survivors relearn in each way. Between rounds, triggers of the
+            suspicious classes are inverted anew: what one trigger taught may leave others that work as well.
+            It ends when none of these is suspicious by the norms of the first inversion.
         act_on: ``flagged`` classes, or the class with the ``smallest`` trigger if none is flagged.
         suppression: Clean suppression, Eq. 6.
         masks: How M1 and M2 are learnt.
@@ -113,6 +116,7 @@ class MNP:
     settled: float = 0.7
     relearns: Literal["never", "triggers", "always"] = "triggers"
     relearning: Relearning = field(default_factory=Relearning)
+    rounds: int = 4
     act_on: Literal["flagged", "smallest"] = "flagged"
     suppression: Suppression = field(default_factory=Suppression)
     masks: MaskTraining = field(default_factory=MaskTraining)
@@ -154,6 +158,8 @@ class MNP:
             raise InvalidInputError(f"outlier_share must lie in (0, 1], got {self.outlier_share}.")
         if not 0 <= self.held_out_fraction < 1:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
+        if self.rounds < 1:
+            raise InvalidInputError(f"rounds must be at least 1, got {self.rounds}.")
         if self.count < 0:
             raise InvalidInputError(f"count must be at least 0, got {self.count}.")
         if not 0 <= self.fraction <= 1:
@@ -235,12 +241,14 @@ class _Exposure:
         tie_breaks: Decide among equal scores.
         exposed: Where removals should lower the loss, or None.
         triggers: What was recovered on the way.
+        limit: Triggers of these classes that work with a larger norm are not suspicious.
     """
 
     scores: Mapping[str, Tensor]
     tie_breaks: Sequence[Mapping[str, Tensor]]
     exposed: Exposed | None
     triggers: tuple[InvertedTrigger, ...] = ()
+    limit: float = math.inf
 
 
 @dataclass(eq=False)
@@ -312,7 +320,8 @@ class _Run:
         m1 = self._m1(model, _joined(self.learning, stamped), model, generator)
         found["masks"] = _learnt(m1)
         exposure = self._exposure(m1, None, model, Exposed(model, held))
-        return replace(exposure, triggers=tuple(triggers))
+        limit = method.outlier_share * (found["median"] or math.nan)
+        return replace(exposure, triggers=tuple(triggers), limit=limit)
 
     def resolve(self, way: Way, exposure: _Exposure | None, generator: torch.Generator) -> float:
         """Remove what was exposed, and let the survivors relearn.
@@ -323,10 +332,43 @@ class _Run:
         if exposure is None:
             return 0.0
         relieved = self._remove(way, exposure)
-        relearns = self.method.relearns
-        if relearns == "always" or (relearns == "triggers" and exposure.triggers):
-            relieved = self._relearn(way, exposure, generator) or relieved
+        if self.method.relearns == "always" or (self.method.relearns == "triggers" and exposure.triggers):
+            relearnt = self._relearn_in_rounds(way, exposure, generator)
+            relieved = relieved if relearnt is None else relearnt
         return relieved
+
+    def _relearn_in_rounds(self, way: Way, exposure: _Exposure, generator: torch.Generator) -> float | None:
+        """Let the survivors relearn until no new trigger is found.
+
+        Returns:
+            As ``resolve``; 0 if triggers are left, None if nothing was relearnt.
+        """
+        relieved = None
+        for turn in range(self.method.rounds):
+            now = self._relearn(way, exposure, generator)
+            if now is None:
+                return relieved if turn == 0 else 0.0
+            relieved = now
+            if not exposure.triggers or self.method.rounds == 1:
+                return relieved
+            left = self._left(way, exposure, rng.spawn(generator))
+            if not left:
+                return relieved
+            exposure = replace(exposure, triggers=(*exposure.triggers, *left))
+        return 0.0
+
+    def _left(self, way: Way, exposure: _Exposure, generator: torch.Generator) -> list[InvertedTrigger]:
+        """Invert triggers of the suspicious classes anew; return those that are still suspiciously small."""
+        triggers = invert_all(
+            self.pruned(), self.learning, getattr(self.method, way), generator=generator,
+            classes=sorted({trigger.target_class for trigger in exposure.triggers}), progress=self.progress,
+        )  # fmt: skip
+        left = [trigger for trigger in triggers if trigger.reached and trigger.norm <= exposure.limit]
+        self.diagnostics["relearning"][-1] |= {
+            "inverted_anew": [trigger.describe() for trigger in triggers],
+            "left": [trigger.target_class for trigger in left],
+        }
+        return left
 
     def _remove(self, way: Way, exposure: _Exposure) -> float:
         """Remove what was exposed, as far as the method allows, and return what of the loss there is gone."""
@@ -342,8 +384,8 @@ class _Run:
         }
         return sum(step.benefit for step in steps if step.removed and not math.isnan(step.benefit))
 
-    def _relearn(self, way: Way, exposure: _Exposure, generator: torch.Generator) -> float:
-        """Tune the survivors, unless that costs too much, and return what of the triggers' loss is gone."""
+    def _relearn(self, way: Way, exposure: _Exposure, generator: torch.Generator) -> float | None:
+        """Tune the survivors and return what of the triggers' loss is gone; None if that costs too much."""
         method, model = self.method, self.pruned()
 
         def restrain(network: nn.Module) -> None:
@@ -358,7 +400,7 @@ class _Run:
         except UnsupportedModelError as error:
             # What was pruned is worth keeping, even where the network cannot be tuned.
             log.append({"exposure": way, "taken": False, "problem": str(error)})
-            return 0.0
+            return None
         suspect, now = (accuracy_of(network, self.guarding) for network in (self.model, relearnt))
         taken = now >= suspect - method.guard.accuracy - 1e-9
         successes = [_success(network, self.guarding, exposure) for network in (model, relearnt)]
@@ -373,7 +415,7 @@ class _Run:
             }
         )
         if not taken:
-            return 0.0
+            return None
         self.survivor = relearnt
         if not exposure.triggers or exposure.exposed is None:
             return 0.0

@@ -235,10 +235,12 @@ def suspects(
     """
     triggers = invert_all(model, clean, inversion, generator=generator, progress=progress)
     indices, flagged = flagged_classes(triggers, threshold, fewest=fewest, largest_share=largest_share)
+    middle = float(torch.tensor(norms_of(triggers)).nanquantile(0.5)) if triggers else math.nan
     chosen = flagged or (smallest_reached(triggers) if smallest else [])
     found = {
         "triggers": [trigger.describe() for trigger in triggers],
         "anomaly_indices": [None if math.isnan(index) else index for index in indices],
+        "median": None if math.isnan(middle) else middle,
         "flagged": flagged,
         "acted_on": chosen,
     }

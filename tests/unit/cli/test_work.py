@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from unbackdoor.cli.work import refused_relearning
+from unbackdoor.cli.work import refused_relearning, remaining_triggers
 
 STEP = {"exposure": "inversion", "taken": True, "accuracy_of_the_suspect": 0.9, "accuracy": 0.8}
 
@@ -24,3 +24,12 @@ def test_what_was_not_relearnt_is_said(step: dict[str, Any], said: str) -> None:
 
 def test_nothing_is_said_where_nothing_was_refused() -> None:
     assert refused_relearning([]) == refused_relearning([STEP]) == []
+
+
+def test_triggers_that_the_last_round_left_are_named() -> None:
+    first, last = STEP | {"left": [0, 2]}, STEP | {"left": [2]}
+    (sentence,) = remaining_triggers([first, last], ("cat", "dog", "ship"))
+    assert "still leads to ship;" in sentence
+    (sentence,) = remaining_triggers([first], ())
+    assert "still leads to class 0 and class 2;" in sentence
+    assert remaining_triggers([first, STEP | {"left": []}], ()) == remaining_triggers([STEP], ()) == []

@@ -11,9 +11,9 @@ from unbackdoor import rng
 from unbackdoor.compute import accuracy_of, predictions_of
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.select import Guard
-from unbackdoor.inversion import Inversion
+from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.masks import MaskTraining
-from unbackdoor.purify import MNP
+from unbackdoor.purify import MNP, mnp
 from unbackdoor.purify.relearning import Relearning
 from unbackdoor.suppression import Suppression
 from unbackdoor.testing import planted_backdoor
@@ -198,6 +198,31 @@ def test_relearning_waits_for_triggers_unless_it_is_always_wanted() -> None:
     assert found["trigger_success"] == [None, None]
 
 
+def test_survivors_relearn_until_no_small_trigger_is_left() -> None:
+    hard = Relearning(replace(RELEARNING.relearning.recipe, epochs=20, learning_rate=0.03))
+    (log,) = purify(replace(RELEARNING, relearning=hard)).diagnostics["relearning"]
+    assert log["left"] == []
+    (again,) = log["inverted_anew"]
+    assert again["target_class"] == PLANTED.label_rule.target_class
+    (once,) = purify(replace(RELEARNING, relearning=hard, rounds=1)).diagnostics["relearning"]
+    assert "left" not in once
+
+
+def test_what_rounds_of_relearning_leave_is_not_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never_rid_of(*_: object, classes: list[int], **__: object) -> list[InvertedTrigger]:
+        mask, pattern = torch.zeros(1, 16, 16), torch.zeros(3, 16, 16)
+        return [InvertedTrigger(k, mask, pattern, 0.1, 1.0, reached=True, steps=1) for k in classes]
+
+    monkeypatch.setattr(mnp, "invert_all", never_rid_of)
+    method = replace(INVERTING, exposures=("inversion", "suppression"), relearns="triggers", settled=0.1)
+    for rounds in (1, 2):
+        result = purify(replace(method, rounds=rounds))
+        log = result.diagnostics["relearning"]
+        assert len(log) == rounds
+        assert ("suppression" in result.diagnostics) == (rounds > 1)
+    assert log[0]["left"] == log[1]["left"] == [PLANTED.label_rule.target_class]
+
+
 def test_relearning_may_settle_the_matter() -> None:
     both = replace(
         INVERTING, exposures=("inversion", "suppression"), relearns="triggers", guard=Guard(benefit=0.95)
@@ -253,6 +278,7 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
         ({"exposures": ()}, "exposures must name"),
         ({"exposures": ("magic",)}, "exposures must name"),
         ({"outlier_share": 0.0}, "outlier_share must lie"),
+        ({"rounds": 0}, "rounds must be at least 1"),
         ({"relearns": "sometimes"}, "relearns must be"),
         ({"stages": ("suppress",)}, "stages must name 'penalise' or 'preserve'"),
         ({"stages": ("penalise", "magic")}, "stages must name"),
