@@ -71,6 +71,8 @@ class MNP:
             ``always``, after suppression too, on clean images alone. A model that lost more clean accuracy
             than the guard allows is not taken.
         relearning: How.
+        restarts: How often triggers of suspicious classes are inverted once more, from other random starts,
+            before anything is removed: one is seldom the attacker's, several cover more of what works.
         rounds: How often at most the survivors relearn in each way. Between rounds, triggers of the
             suspicious classes are inverted anew: what one trigger taught may leave others that work as well.
             It ends when none of these is suspicious by the norms of the first inversion.
@@ -116,6 +118,7 @@ class MNP:
     settled: float = 0.7
     relearns: Literal["never", "triggers", "always"] = "triggers"
     relearning: Relearning = field(default_factory=Relearning)
+    restarts: int = 3
     rounds: int = 4
     act_on: Literal["flagged", "smallest"] = "flagged"
     suppression: Suppression = field(default_factory=Suppression)
@@ -158,8 +161,10 @@ class MNP:
             raise InvalidInputError(f"outlier_share must lie in (0, 1], got {self.outlier_share}.")
         if not 0 <= self.held_out_fraction < 1:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
-        if self.rounds < 1:
-            raise InvalidInputError(f"rounds must be at least 1, got {self.rounds}.")
+        if self.rounds < 1 or self.restarts < 0:
+            raise InvalidInputError(
+                f"rounds must be at least 1 and restarts 0, got {self.rounds} and {self.restarts}."
+            )
         if self.count < 0:
             raise InvalidInputError(f"count must be at least 0, got {self.count}.")
         if not 0 <= self.fraction <= 1:
@@ -241,7 +246,7 @@ class _Exposure:
         tie_breaks: Decide among equal scores.
         exposed: Where removals should lower the loss, or None.
         triggers: What was recovered on the way.
-        limit: Triggers of these classes that work with a larger norm are not suspicious.
+        limit: Triggers of their classes with a larger norm are not suspicious.
     """
 
     scores: Mapping[str, Tensor]
@@ -316,11 +321,14 @@ class _Run:
         self.diagnostics[way] = found
         if not triggers:
             return None
+        limit = max(method.outlier_share * (found["median"] or 0.0), *(trigger.norm for trigger in triggers))
+        again = [trigger.target_class for trigger in triggers for _ in range(method.restarts)]
+        others = self._inverted(way, model, again, limit, found, generator) if again else []
+        triggers = [*triggers, *others]
         stamped, held = (_stamped(data, triggers) for data in (self.learning, self.guarding))
         m1 = self._m1(model, _joined(self.learning, stamped), model, generator)
         found["masks"] = _learnt(m1)
         exposure = self._exposure(m1, None, model, Exposed(model, held))
-        limit = method.outlier_share * (found["median"] or math.nan)
         return replace(exposure, triggers=tuple(triggers), limit=limit)
 
     def resolve(self, way: Way, exposure: _Exposure | None, generator: torch.Generator) -> float:
@@ -351,24 +359,31 @@ class _Run:
             relieved = now
             if not exposure.triggers or self.method.rounds == 1:
                 return relieved
-            left = self._left(way, exposure, rng.spawn(generator))
+            log = self.diagnostics["relearning"][-1]
+            classes = sorted({trigger.target_class for trigger in exposure.triggers})
+            left = self._inverted(way, self.pruned(), classes, exposure.limit, log, generator)
+            log["left"] = [trigger.target_class for trigger in left]
             if not left:
                 return relieved
             exposure = replace(exposure, triggers=(*exposure.triggers, *left))
         return 0.0
 
-    def _left(self, way: Way, exposure: _Exposure, generator: torch.Generator) -> list[InvertedTrigger]:
-        """Invert triggers of the suspicious classes anew; return those that are still suspiciously small."""
+    def _inverted(
+        self,
+        way: Way,
+        model: nn.Module,
+        classes: Sequence[int],
+        limit: float,
+        log: dict[str, Any],
+        generator: torch.Generator,
+    ) -> list[InvertedTrigger]:
+        """Invert triggers of ``classes`` anew; return those that work with a norm of at most ``limit``."""
         triggers = invert_all(
-            self.pruned(), self.learning, getattr(self.method, way), generator=generator,
-            classes=sorted({trigger.target_class for trigger in exposure.triggers}), progress=self.progress,
+            model, self.learning, getattr(self.method, way), generator=rng.spawn(generator),
+            classes=classes, progress=self.progress,
         )  # fmt: skip
-        left = [trigger for trigger in triggers if trigger.reached and trigger.norm <= exposure.limit]
-        self.diagnostics["relearning"][-1] |= {
-            "inverted_anew": [trigger.describe() for trigger in triggers],
-            "left": [trigger.target_class for trigger in left],
-        }
-        return left
+        log["inverted_anew"] = [trigger.describe() for trigger in triggers]
+        return [trigger for trigger in triggers if trigger.reached and trigger.norm <= limit]
 
     def _remove(self, way: Way, exposure: _Exposure) -> float:
         """Remove what was exposed, as far as the method allows, and return what of the loss there is gone."""
@@ -500,11 +515,17 @@ class _Run:
 
 
 def _stamped(clean: LabelledImages, triggers: Sequence[InvertedTrigger]) -> LabelledImages:
-    """Return the images with each trigger on those that it should not move, under their true labels."""
-    parts = [(trigger, clean.subset(clean.labels != trigger.target_class)) for trigger in triggers]
-    # Not rounded to 8 bits, which would wipe a faint change out.
-    images = torch.cat([trigger(as_float(part.images)) for trigger, part in parts])
-    return LabelledImages(images, torch.cat([part.labels for _, part in parts]), clean.class_names)
+    """Return for each class the images that its triggers should not move, dealt out among these triggers."""
+    images, labels = [], []
+    for target in sorted({trigger.target_class for trigger in triggers}):
+        mine = [trigger for trigger in triggers if trigger.target_class == target]
+        places = (clean.labels != target).nonzero().flatten()
+        for index, trigger in enumerate(mine):
+            part = clean.subset(places[index :: len(mine)])
+            # Not rounded to 8 bits, which would wipe a faint change out.
+            images.append(trigger(as_float(part.images)))
+            labels.append(part.labels)
+    return LabelledImages(torch.cat(images), torch.cat(labels), clean.class_names)
 
 
 def _success(model: nn.Module, clean: LabelledImages, exposure: _Exposure) -> float | None:
