@@ -17,7 +17,7 @@ from unbackdoor.purify import MNP, mnp
 from unbackdoor.purify.relearning import Relearning
 from unbackdoor.suppression import Suppression
 from unbackdoor.testing import planted_backdoor
-from unbackdoor.types import Progress, Purified, silent
+from unbackdoor.types import LabelledImages, Progress, Purified, silent
 
 PLANTED = planted_backdoor()
 CLEAN = PLANTED.clean_data(64, rng.generator(0))
@@ -208,6 +208,31 @@ def test_survivors_relearn_until_no_small_trigger_is_left() -> None:
     assert "left" not in once
 
 
+def test_a_suspicious_class_is_inverted_from_several_starts() -> None:
+    found = {}
+    for restarts in (0, 2):
+        diagnostics = purify(replace(INVERTING, restarts=restarts, exposures=("inversion",))).diagnostics
+        found[restarts] = diagnostics["inversion"]
+    assert "inverted_anew" not in found[0]
+    assert found[0]["triggers"] == found[2]["triggers"]
+    (target,) = found[2]["acted_on"]
+    assert [trigger["target_class"] for trigger in found[2]["inverted_anew"]] == [target, target]
+    one, other = (trigger["l1_pixels"] for trigger in found[2]["inverted_anew"])
+    assert one != other
+
+
+def test_triggers_of_a_class_share_its_images() -> None:
+    def painted(target: int, value: float) -> InvertedTrigger:
+        mask, pattern = torch.ones(1, 2, 2), torch.full((3, 2, 2), value)
+        return InvertedTrigger(target, mask, pattern, 4.0, 1.0, reached=True, steps=1)
+
+    clean = LabelledImages(torch.zeros(6, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2]))
+    stamped = mnp._stamped(clean, [painted(1, 0.5), painted(0, 0.25), painted(1, 1.0)])
+    colours = stamped.images[:, 0, 0, 0].tolist()
+    assert colours == 4 * [0.25] + 2 * [0.5] + 2 * [1.0]
+    assert stamped.labels.tolist() == [1, 2, 1, 2, 0, 0, 2, 2]
+
+
 def test_what_rounds_of_relearning_leave_is_not_settled(monkeypatch: pytest.MonkeyPatch) -> None:
     def never_rid_of(*_: object, classes: list[int], **__: object) -> list[InvertedTrigger]:
         mask, pattern = torch.zeros(1, 16, 16), torch.zeros(3, 16, 16)
@@ -278,6 +303,7 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
         ({"exposures": ()}, "exposures must name"),
         ({"exposures": ("magic",)}, "exposures must name"),
         ({"outlier_share": 0.0}, "outlier_share must lie"),
+        ({"restarts": -1}, "restarts 0, got 4 and -1"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"relearns": "sometimes"}, "relearns must be"),
         ({"stages": ("suppress",)}, "stages must name 'penalise' or 'preserve'"),
