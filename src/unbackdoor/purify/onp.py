@@ -40,7 +40,7 @@ class Agent:
 
     hidden: int = 32
     rounds: int = 2
-    rollout: int = 64
+    rollout: int = 16
     passes: int = 4
     learning_rate: float = 0.003
     entropy: float = 0.01
