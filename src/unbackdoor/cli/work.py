@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def purify_document(
         warnings=[
             *warnings,
             *refused_relearning(diagnostics.get("relearning", [])),
-            *remaining_triggers(diagnostics.get("relearning", []), learning.class_names),
+            *remaining_triggers(diagnostics.get("relearning", []), learning.name_of),
         ],
         limits=list(PURIFY_LIMITS),
     )
@@ -122,17 +122,17 @@ def refused_relearning(log: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def remaining_triggers(log: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> list[str]:
+def remaining_triggers(log: Sequence[Mapping[str, Any]], name_of: Callable[[int], str]) -> list[str]:
     """Say where the last round of relearning left a trigger that is as small as a backdoor's.
 
     Args:
         log: MNP's diagnostics of each relearning.
-        class_names: By number; may be empty.
+        name_of: Name of a class, by its number.
     """
     last = {step["exposure"]: step["left"] for step in log if "left" in step}
     return [
         f"After {way} and the last relearning a suspiciously small trigger still leads to "
-        f"{' and '.join(class_names[k] if class_names else f'class {k}' for k in left)}; allow more with "
+        f"{' and '.join(f'class {name_of(k)}' for k in left)}; allow more with "
         "--set rounds, or do not use this model."
         for way, left in last.items()
         if left

@@ -351,12 +351,10 @@ class _Run:
         Returns:
             As ``resolve``; 0 if triggers are left, None if nothing was relearnt.
         """
-        relieved = None
         for turn in range(self.method.rounds):
-            now = self._relearn(way, exposure, generator)
-            if now is None:
-                return relieved if turn == 0 else 0.0
-            relieved = now
+            relieved = self._relearn(way, exposure, generator)
+            if relieved is None:
+                return None if turn == 0 else 0.0
             if not exposure.triggers or self.method.rounds == 1:
                 return relieved
             log = self.diagnostics["relearning"][-1]

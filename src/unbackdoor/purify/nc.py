@@ -235,7 +235,7 @@ def suspects(
     """
     triggers = invert_all(model, clean, inversion, generator=generator, progress=progress)
     indices, flagged = flagged_classes(triggers, threshold, fewest=fewest, largest_share=largest_share)
-    middle = float(torch.tensor(norms_of(triggers)).nanquantile(0.5)) if triggers else math.nan
+    middle = _median_norm(triggers)
     chosen = flagged or (smallest_reached(triggers) if smallest else [])
     found = {
         "triggers": [trigger.describe() for trigger in triggers],
@@ -253,13 +253,18 @@ def flagged_classes(
     """Return the anomaly index of each trigger, NaN for those that do not work, and the flagged classes."""
     norms = norms_of(triggers)
     indices = anomaly_indices(norms, fewest=fewest)
-    limit = largest_share * float(torch.tensor(norms).nanquantile(0.5)) if norms else math.nan
+    limit = largest_share * _median_norm(triggers)
     flagged = [
         trigger.target_class
         for trigger, index in zip(triggers, indices, strict=True)
         if index > threshold and trigger.norm <= limit
     ]
     return indices, flagged
+
+
+def _median_norm(triggers: Sequence[InvertedTrigger]) -> float:
+    """Return the median norm of the triggers that work; NaN if none does."""
+    return float(torch.tensor(norms_of(triggers)).nanquantile(0.5)) if triggers else math.nan
 
 
 def smallest_reached(triggers: Sequence[InvertedTrigger]) -> list[int]:
