@@ -28,9 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python -m unbackdoor demo
 
+# Processes of one thread each: the tests' networks are too small for several threads to help.
 # pyproject.toml asks for -q once; a second -q would hide pytest's closing line.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -89,7 +89,8 @@ RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=0.02, crop_padding=1, sch
 SUPPRESSION = Suppression(budget=4, batch_size=16)
 MASKS = MaskTraining(epochs=2, batch_size=16)
 INVERSION = Inversion(steps=4, round_steps=2, batch_size=8, success=0.01)
-QUICK = MNP(suppression=SUPPRESSION, masks=MASKS, inversion=INVERSION)
+FAINT = replace(Inversion.additive(), steps=4, round_steps=2, batch_size=8, success=0.01)
+QUICK = MNP(suppression=SUPPRESSION, masks=MASKS, inversion=INVERSION, perturbation=FAINT)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,11 @@ from .conftest import ARCH, SEARCH, Files, Run
 
 QUICK = ("--set", "suppression.budget=5")
 WEAK = ("--set", "suppression.learning_rate=1e-6")
+SHORT = (
+    "--set", "inversion.steps=60", "--set", "inversion.batch_size=8",
+    "--set", "perturbation.steps=60", "--set", "perturbation.batch_size=8",
+)  # fmt: skip
+"""Of a purification."""
 
 
 def test_scan_finds_the_planted_backdoor(run: Run, files: Files, tmp_path: Path) -> None:
@@ -172,7 +177,8 @@ def test_scan_is_repeatable(run: Run, files: Files) -> None:
 
 def test_purify_writes_a_new_file_and_keeps_the_old_one(run: Run, files: Files, tmp_path: Path) -> None:
     out, page, before = tmp_path / "new.safetensors", tmp_path / "p.html", files.infected.read_bytes()
-    arguments = ("purify", files.infected, "--arch", ARCH, "--clean", files.clean, "--clean-count", 200)
+    images = ("--clean", files.clean, "--clean-count", 200)
+    arguments = ("purify", files.infected, "--arch", ARCH, *images, *SHORT)
     result = run(*arguments, "--out", out, "--json", "--report", page)
     assert result.code == 0
     document = result.json
@@ -200,7 +206,8 @@ def test_purify_lowers_the_attack_success(run: Run, files: Files, tmp_path: Path
     card = {"attack": "planted", "label_rule": planted.label_rule.describe()}
     (tmp_path / "card.json").write_text(json.dumps(card))
     new = tmp_path / "new.safetensors"
-    run("purify", files.infected, "--arch", ARCH, "--clean", files.clean, "--out", new, "--clean-count", 200)
+    inputs = (files.infected, "--arch", ARCH, "--clean", files.clean, "--clean-count", 200)
+    run("purify", *inputs, "--out", new, *SHORT)
     rates = [
         run(
             "evaluate", model, "--arch", ARCH, "--data", files.clean, "--split", "train",

@@ -27,10 +27,11 @@ QUICK = MNP(
 INVERTING = replace(
     QUICK,
     exposures=("inversion",),
-    inversion=Inversion(steps=150),
+    inversion=Inversion(steps=60, batch_size=8),
     # The planted trigger is a patch, which the way for faint changes is not made for.
-    perturbation=Inversion(steps=150),
+    perturbation=Inversion(steps=60, batch_size=8),
     act_on="smallest",
+    restarts=0,
 )
 RELEARNING = replace(INVERTING, relearns="triggers", amount="count", count=0)
 
