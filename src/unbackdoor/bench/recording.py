@@ -48,12 +48,20 @@ class Log:
 
 
 def notes(diagnostics: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep what tells one decision of a method from another, and leave its long lists out."""
+    """Keep what tells one decision of a method from another, and leave its long lists out.
+
+    Args:
+        diagnostics: JSON values; a list of a single step is no course, so its values are noted by their path.
+    """
     short = (str, int, float, bool, type(None))
+    found = {name: value for name, value in diagnostics.items() if name != "options"}
+    for name, value in diagnostics.items():
+        if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], Mapping):
+            found |= {f"{name}.{inner}": each for inner, each in value[0].items()}
     return {
         name: value if not isinstance(value, float) or math.isfinite(value) else None
-        for name, value in diagnostics.items()
-        if isinstance(value, short) and name != "options"
+        for name, value in found.items()
+        if isinstance(value, short)
     }
 
 

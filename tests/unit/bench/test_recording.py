@@ -48,3 +48,14 @@ def test_code_that_was_changed_since_its_commit_has_a_plus(tmp_path: Path) -> No
     (package / "types.py").write_text("a = 2\n")
     assert state(package) == head + "+"
     assert state.__defaults__ == (Path(unbackdoor.__file__).parent,)
+
+
+def test_notes_keep_what_is_short_and_the_only_step_of_a_log() -> None:
+    step = {"exposure": "inversion", "taken": True, "accuracy": math.nan, "losses": [1.0, 0.5]}
+    lists = {"long": [1, 2], "relearning": [step], "walk": [step, step]}
+    assert recording.notes({"options": "left out", "images": 5, **lists}) == {
+        "images": 5,
+        "relearning.exposure": "inversion",
+        "relearning.taken": True,
+        "relearning.accuracy": None,
+    }
