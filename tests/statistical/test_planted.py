@@ -63,13 +63,14 @@ def test_planted_network_loads_as_a_user_factory(tmp_path: Path) -> None:
 @pytest.mark.statistical
 def test_mnp_removes_planted_filters() -> None:
     # Not always: two guilty filters can be enough for the suppressed copy, and then the others stay.
-    assert sum(mnp_removes_planted_filters(seed) for seed in range(4)) >= 3
+    assert sum(mnp_removes_planted_filters(seed) for seed in range(6)) >= 5
 
 
 def mnp_removes_planted_filters(seed: int) -> bool:
     planted = planted_backdoor(seed=seed, target_class=seed)
     clean = planted.clean_data(200, rng.generator(1000 + seed))
-    purified = MNP().purify(planted.model, clean, generator=rng.generator(100 + seed))
+    # By inversion no class of this network is suspicious; it would only take its time.
+    purified = MNP(("suppression",)).purify(planted.model, clean, generator=rng.generator(100 + seed))
     accuracy, success = rates(planted, purified.model)
     assert accuracy >= 0.98
     assert purified.mask is not None
