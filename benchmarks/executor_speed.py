@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.bench.executors import Pool
+from unbackdoor.bench.executors.pool import ENVIRONMENT
 from unbackdoor.bench.runner import drive
 from unbackdoor.bench.store import Store
 
@@ -89,6 +91,8 @@ def bare(slots: int, tasks: int, steps: int) -> float:
         process.start()
     for process in processes:
         process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("a process failed, so its time says nothing; see the traceback above.")
     return time.perf_counter() - started
 
 
@@ -107,6 +111,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
+    # What a pool gives its workers, for all alike.
+    os.environ.update(ENVIRONMENT)
     for _ in range(options.rounds):
         for name, measure in (("pool", seconds), ("bare processes", bare)):
             one, many = (measure(slots, options.tasks, options.steps) for slots in (1, options.slots))
