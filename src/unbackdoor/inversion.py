@@ -9,6 +9,11 @@ unusually small change of all pixels: ``x' = clip(x + d)``, minimise ``CE(F(x'),
 Xiang, Miller, Kesidis, "Detection of Backdoors in Trained Classifiers Without Access to the Training Set",
 2020, arXiv 1908.10498, who look for the smallest additive perturbation of each pair of classes.
 
+A warp is neither: it moves pixels. ``x'`` is the image sampled on a grid that a few control vectors bend
+(the trigger of WaNet, Nguyen & Tran, ICLR 2021, arXiv 2102.10369), minimise ``CE(F(x'), t) + lambda r`` with
+r the root mean square of how far pixels move; UNICORN (Wang et al., ICLR 2023) also inverts triggers outside
+of pixel space, in one that it learns.
+
 Ours: classes advance side by side, each with a few images, in one forward pass; images of the target class
 are left out, since they need no trigger; a mask counts only after its success was measured again, in fp32
 on all images of other classes; each class has its own schedule, so nothing leaks from class to class.
@@ -20,7 +25,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +42,7 @@ from unbackdoor.compute import (
     memory_format_for,
 )
 from unbackdoor.errors import InvalidInputError
+from unbackdoor.forms import NORMS, Form, applied, norm_of
 from unbackdoor.types import LabelledImages, Progress, as_float, silent
 
 _OPEN = 1e-6
@@ -44,11 +50,6 @@ _OPEN = 1e-6
 
 _MEASURED_TOGETHER = 64
 """Images a pass when a mask is measured: most masks fail on the first few."""
-
-Form = Literal["patch", "additive"]
-
-NORMS: Mapping[Form, str] = {"patch": "l1_pixels", "additive": "l2"}
-"""What the norm of each form is called in JSON."""
 
 _MAD_TO_SIGMA = 1.4826
 _MEAN_DEVIATION_TO_SIGMA = 1.2533
@@ -59,8 +60,10 @@ class Inversion:
     """How triggers are inverted. Symbols are those of Neural Cleanse.
 
     Args:
-        form: What a trigger is: a ``patch``, measured by the l1 norm of its mask, in pixels; or ``additive``,
-            measured by the l2 norm of the change, with pixels in [0, 1].
+        form: What a trigger is: a ``patch``, measured by the l1 norm of its mask, in pixels; ``additive``,
+            measured by the l2 norm of the change, with pixels in [0, 1]; or a ``warp``, measured by the root
+            mean square of how far pixels move, in pixels.
+        control_points: Control vectors a side of a warp.
         steps: Most gradient steps of each class; the classes share each forward pass.
         round_steps: Steps after which success is judged and lambda may move; a "mini-epoch".
         batch_size: Images a step and class.
@@ -77,11 +80,12 @@ class Inversion:
         early_stop_patience: Rounds without improvement, once lambda went both up and down, that end a
             class's run.
         init: Whether mask and pattern of a patch start ``random``, uniform in [0, 1], or at ``ones`` in tanh
-            space. A change starts at 0.
+            space. A change starts at 0, a warp at shifts of about a tenth of a pixel.
         precision: Of the forward and backward passes.
     """
 
     form: Form = "patch"
+    control_points: int = 6
     steps: int = 150
     round_steps: int = 5
     batch_size: int = 32
@@ -105,6 +109,8 @@ class Inversion:
                 "steps, round_steps, batch_size, together and both patiences must be at least 1, got "
                 f"{', '.join(map(str, counts))} and {self.early_stop_patience}."
             )
+        if self.control_points < 2:
+            raise InvalidInputError(f"a warp needs control_points >= 2, got {self.control_points}.")
         if not (0 < self.learning_rate < math.inf and self.lambda0 > 0 and self.multiplier > 1):
             raise InvalidInputError(
                 "inversion needs learning_rate > 0, lambda0 > 0 and multiplier > 1, got "
@@ -120,8 +126,8 @@ class Inversion:
                 "init must be 'random' or 'ones' and start 'lambda0' or 'zero', got "
                 f"{self.init!r} and {self.start!r}."
             )
-        if self.form not in ("patch", "additive"):
-            raise InvalidInputError(f"form must be 'patch' or 'additive', got {self.form!r}.")
+        if self.form not in get_args(Form):
+            raise InvalidInputError(f"form must be one of {', '.join(get_args(Form))}; got {self.form!r}.")
 
     @staticmethod
     def additive() -> Inversion:
@@ -129,6 +135,11 @@ class Inversion:
         return Inversion(
             form="additive", steps=120, batch_size=16, learning_rate=0.003, lambda0=0.1, success=0.95
         )
+
+    @staticmethod
+    def warp() -> Inversion:
+        """Return settings for triggers that move pixels a little."""
+        return Inversion(form="warp", steps=120, batch_size=16, learning_rate=0.05, lambda0=0.1, success=0.9)
 
     @staticmethod
     def paper() -> Inversion:
@@ -151,9 +162,10 @@ class InvertedTrigger:
 
     Args:
         target_class: Where it sends images.
-        mask: float32 ``(1, H, W)`` in [0, 1], on the CPU; 1 everywhere for an ``additive`` trigger.
-        pattern: float32 ``(C, H, W)``, on the CPU; in [0, 1], or in [-1, 1] for a change.
-        norm: Of a patch the sum of the mask: pixels that it replaces; of a change its l2 norm.
+        mask: float32 ``(1, H, W)`` in [0, 1], on the CPU; 1 everywhere for other forms than a patch.
+        pattern: float32 ``(C, H, W)``, on the CPU; in [0, 1], or in [-1, 1] for a change. Of a warp the
+            control field, ``(2, k, k)``: shifts along the columns, then along the rows, in pixels.
+        norm: See ``forms.norm_of``.
         success: Share of the clean images of other classes that it sends to ``target_class``; measured
             in eval mode and fp32. NaN if there are none.
         reached: Whether ``success`` is what was asked for; the norm of other masks means nothing.
@@ -174,7 +186,7 @@ class InvertedTrigger:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return ``images``, float ``(N, C, H, W)`` in [0, 1], with the trigger on them."""
-        return _applied(self.form, self.mask.to(images.device), self.pattern.to(images.device), images)
+        return applied(self.form, self.mask.to(images.device), self.pattern.to(images.device), images)
 
     def describe(self) -> dict[str, Any]:
         """Return JSON values without the tensors and the history."""
@@ -248,9 +260,9 @@ def invert_all(
     return tuple(_measured(frozen, clean, search, options) for search in searches)
 
 
-def norms_of(triggers: Sequence[InvertedTrigger]) -> list[float]:
-    """Return the norm of each trigger, NaN for those that do not work."""
-    return [trigger.norm if trigger.reached else math.nan for trigger in triggers]
+def norms_of(triggers: Sequence[InvertedTrigger], *, unreached: float = math.nan) -> list[float]:
+    """Return the norm of each trigger, and ``unreached`` for those that do not work."""
+    return [trigger.norm if trigger.reached else unreached for trigger in triggers]
 
 
 def anomaly_indices(norms: Sequence[float], *, fewest: int = 5) -> list[float]:
@@ -328,8 +340,13 @@ class _Search:
             learnt = [mask, pattern]
         else:
             mask = torch.ones(1, height, width, device=device)
-            pattern = torch.zeros(channels, height, width, device=device, requires_grad=True)
-            learnt = [pattern]
+            if options.form == "additive":
+                pattern = torch.zeros(channels, height, width, device=device)
+            else:
+                # Without any shift all pixels lie on kinks of the bilinear interpolation.
+                side = options.control_points
+                pattern = (0.1 * torch.randn(2, side, side, generator=generator)).to(device)
+            learnt = [pattern.requires_grad_()]
         search = _Search(
             form=options.form,
             target_class=target_class,
@@ -353,7 +370,7 @@ class _Search:
         """Return what the search holds now."""
         with torch.no_grad():
             mask, pattern = (tensor.clone() for tensor in self.trigger())
-            return _Candidate(mask, pattern, float(_norm(self.form, mask, pattern)))
+            return _Candidate(mask, pattern, float(norm_of(self.form, mask, pattern)))
 
     def draw(self, count: int) -> Tensor:
         """Draw indices of images of other classes."""
@@ -422,21 +439,11 @@ def _opened(logits: Tensor) -> Tensor:
     return torch.tanh(logits) / (2 + _OPEN) + 0.5
 
 
-def _applied(form: Form, mask: Tensor, pattern: Tensor, images: Tensor) -> Tensor:
-    if form == "patch":
-        return (1 - mask) * images + mask * pattern
-    return (images + pattern).clamp(0, 1)
-
-
-def _norm(form: Form, mask: Tensor, pattern: Tensor) -> Tensor:
-    return mask.sum() if form == "patch" else torch.linalg.vector_norm(pattern)
-
-
 def _step(model: nn.Module, images: Tensor, searches: Sequence[_Search], options: Inversion) -> None:
     """Take one gradient step of each search, in one forward and backward pass."""
     triggers = [search.trigger() for search in searches]
     stamped = [
-        _applied(options.form, *trigger, as_float(images[search.draw(options.batch_size)]))
+        applied(options.form, *trigger, as_float(images[search.draw(options.batch_size)]))
         for search, trigger in zip(searches, triggers, strict=True)
     ]
     with torch.enable_grad(), autocast(options.precision, images.device):
@@ -446,7 +453,7 @@ def _step(model: nn.Module, images: Tensor, searches: Sequence[_Search], options
     for search, trigger, part in zip(searches, triggers, parts, strict=True):
         target = torch.full((len(part),), search.target_class, device=part.device)
         loss = F.cross_entropy(part, target)
-        objectives.append(loss + search.coefficient * _norm(options.form, *trigger))
+        objectives.append(loss + search.coefficient * norm_of(options.form, *trigger))
         hits, summed = (part.argmax(1) == target).sum(), loss.detach() * len(part)
         search.hits = hits if search.hits is None else search.hits + hits
         search.losses = summed if search.losses is None else search.losses + summed
@@ -501,7 +508,7 @@ def _success(
     count, missed = len(search.others), 0
     for part in search.others.split(_MEASURED_TOGETHER):
         images = as_float(clean.images[part])
-        stamped = _applied(search.form, candidate.mask, candidate.pattern, images)
+        stamped = applied(search.form, candidate.mask, candidate.pattern, images)
         missed += int((logits_of(model, stamped).argmax(1) != search.target_class).sum())
         if (count - missed) / count < asked:
             break

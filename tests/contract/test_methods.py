@@ -46,6 +46,7 @@ from unbackdoor.detect.scan_statistics import SCAn
 from unbackdoor.detect.spectral import SpectralSignatures
 from unbackdoor.detect.strip import STRIP
 from unbackdoor.detect.trigger_search import TriggerSearch
+from unbackdoor.detect.warp_search import WarpSearch
 from unbackdoor.inversion import Inversion
 from unbackdoor.masks import MaskTraining
 from unbackdoor.purify import (
@@ -90,7 +91,8 @@ SUPPRESSION = Suppression(budget=4, batch_size=16)
 MASKS = MaskTraining(epochs=2, batch_size=16)
 INVERSION = Inversion(steps=4, round_steps=2, batch_size=8, success=0.01)
 FAINT = replace(Inversion.additive(), steps=4, round_steps=2, batch_size=8, success=0.01)
-QUICK = MNP(suppression=SUPPRESSION, masks=MASKS, inversion=INVERSION, perturbation=FAINT)
+BENT = replace(Inversion.warp(), steps=4, round_steps=2, batch_size=8, success=0.01)
+QUICK = MNP(suppression=SUPPRESSION, masks=MASKS, inversion=INVERSION, perturbation=FAINT, warp=BENT)
 
 
 @dataclass(frozen=True)
@@ -260,6 +262,7 @@ DETECTORS: dict[str, ModelDetector] = {
     "rnp-trigger": UnlearntTrigger(replace(SUPPRESSION, stop_accuracy=1.0), INVERSION),
     "scan": ScanDetector(Scan(suppression=SUPPRESSION, search=TriggerSearch(INVERSION, INVERSION))),
     "trigger-search": TriggerSearch(INVERSION, INVERSION),
+    "warp-search": WarpSearch(replace(Inversion.warp(), steps=10)),
     "perturbation-search": PerturbationSearch(replace(Inversion.additive(), steps=10, learning_rate=0.05)),
     "trigger-search-calibrated": TriggerSearch(
         INVERSION,

@@ -108,6 +108,37 @@ def test_a_faint_trigger_on_all_pixels_is_found_as_a_change() -> None:
     assert guilty.success == pytest.approx(rate)
 
 
+class Shifted(Blocks):
+    """A dark edge, where clean images are bright, gives class 2 away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        darker = 200 * (0.4 - x[:, :, 3:, 5].mean((1, 2))).clamp_min(0)
+        return super().forward(x) + darker.view(-1, 1) * F.one_hot(torch.tensor(2), CLASSES)
+
+
+def striped(count: int = 40) -> LabelledImages:
+    data = blocks(count)
+    images = data.images.clone()
+    # Bright at the right edge, and dark beside it: a shift by less than a column darkens the edge.
+    images[:, :, :, 5], images[:, :, :, 4] = 0.9, 0.0
+    return LabelledImages(images, data.labels)
+
+
+def test_a_shift_of_the_pixels_is_found_as_a_warp() -> None:
+    data, options = striped(), replace(Inversion.warp(), precision="fp32", control_points=3)
+    triggers = invert_all(Shifted(backdoor=False), data, options, generator=rng.generator(0))
+    guilty = triggers[2]
+    assert guilty.form == "warp"
+    assert guilty.reached
+    assert guilty.pattern.shape == (2, 3, 3)
+    assert guilty.describe()["rms_shift_pixels"] == guilty.norm
+    innocent = [trigger for trigger in triggers if trigger is not guilty]
+    assert not any(trigger.reached and trigger.norm < 2 * guilty.norm for trigger in innocent)
+    others = data.labels != 2
+    rate = float((Shifted(backdoor=False)(guilty(data.images)[others]).argmax(1) == 2).float().mean())
+    assert guilty.success == pytest.approx(rate)
+
+
 def test_early_stopping_forgets_what_happened_before_lambda_was_set() -> None:
     # Five bad rounds at lambda 0, then only good ones: lambda never went down, so nothing is settled.
     class Late(nn.Module):

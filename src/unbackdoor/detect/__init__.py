@@ -19,3 +19,4 @@ from unbackdoor.detect.scan_statistics import SCAn as SCAn
 from unbackdoor.detect.spectral import SpectralSignatures as SpectralSignatures
 from unbackdoor.detect.strip import STRIP as STRIP
 from unbackdoor.detect.trigger_search import TriggerSearch as TriggerSearch
+from unbackdoor.detect.warp_search import WarpSearch as WarpSearch

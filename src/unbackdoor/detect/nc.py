@@ -14,7 +14,8 @@ from unbackdoor.compute import check_fits
 from unbackdoor.detect.calibration import Calibration, threshold_from
 from unbackdoor.detect.floor import too_little
 from unbackdoor.errors import InvalidInputError
-from unbackdoor.inversion import NORMS, Inversion, InvertedTrigger, anomaly_indices, invert_all, norms_of
+from unbackdoor.forms import NORMS
+from unbackdoor.inversion import Inversion, InvertedTrigger, anomaly_indices, invert_all, norms_of
 from unbackdoor.suppression import confusion_of
 from unbackdoor.types import Detection, LabelledImages, Progress, silent
 

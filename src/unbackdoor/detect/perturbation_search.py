@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from unbackdoor import rng
-from unbackdoor.compute import check_fits
-from unbackdoor.detect.calibration import Calibration, threshold_from
-from unbackdoor.detect.trigger_search import FEWEST_IMAGES, held_apart, smallest_classes, success_on
-from unbackdoor.errors import InvalidInputError
-from unbackdoor.inversion import Inversion, InvertedTrigger, invert_all
-from unbackdoor.rates import Rate
+from unbackdoor.detect.calibration import Calibration
+from unbackdoor.detect.smallest import Smallest, check_options, find_smallest, judge_smallest
+from unbackdoor.inversion import Inversion
 from unbackdoor.types import Detection, LabelledImages, Progress, silent
-
-_SMALLEST_NORM = 0.01
-"""Keeps the logarithm finite for a class that needs no change."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +53,7 @@ class PerturbationSearch:
     alpha: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.inversion.form != "additive":
-            raise InvalidInputError(
-                f"a perturbation search inverts changes of all pixels; set inversion.form to 'additive', got "
-                f"{self.inversion.form!r}."
-            )
-        if self.fewest_classes < 3 or not 0 <= self.held_out_fraction < 1:
-            raise InvalidInputError(
-                "a perturbation search needs fewest_classes >= 3 and held_out_fraction in [0, 1), got "
-                f"{self.fewest_classes} and {self.held_out_fraction}."
-            )
+        check_options(self.inversion, "additive", self.fewest_classes, self.held_out_fraction)
 
     def score(
         self,
@@ -82,65 +63,20 @@ class PerturbationSearch:
         generator: torch.Generator,
         progress: Progress = silent,
     ) -> Detection:
-        """Search and judge.
-
-        Args:
-            model: Takes float images in [0, 1]; left untouched.
-            clean: Clean images with labels; a few hundred.
-            generator: All randomness follows it; on the CPU.
-            progress: Called after each round.
-
-        Raises:
-            InvalidInputError: If there are fewer than two images, or a class or label has no output.
-            UnsupportedModelError: If the model cannot be run on the images.
-        """
-        check_fits(model, clean, purpose="a perturbation search", at_least=2)
-        learning, held_out = held_apart(clean, self.held_out_fraction, rng.spawn(generator))
-        found = invert_all(model, learning, self.inversion, generator=rng.spawn(generator), progress=progress)
-        by_class = {trigger.target_class: trigger for trigger in found}
-        suspect = by_class[smallest_classes(found, 1)[0]]
-        return self.judge(found, suspect, success_on(model, suspect, held_out), len(learning))
-
-    def judge(
-        self, found: Sequence[InvertedTrigger], suspect: InvertedTrigger, held_out: Rate, images: int
-    ) -> Detection:
-        """Score what a search with these options found.
-
-        Args:
-            found: One change a class.
-            suspect: The smallest of them.
-            held_out: Its success on images that it was not made from.
-            images: How many it was made from.
-        """
-        threshold, source = threshold_from(self.calibration, self.alpha, fixed=self.threshold)
-        largest = math.sqrt(suspect.pattern.numel())
-        relative = len(found) >= self.fewest_classes
-        norms = [trigger.norm if trigger.reached else largest for trigger in found]
-        reference = statistics.median(norms) if relative else largest
-        evidence = {
-            "l2": [trigger.norm if trigger.reached else None for trigger in found],
-            "reference_l2": reference,
-            "reference": "median over the classes" if relative else "the largest possible change",
-            # An l2 norm of pixels in [0, 1], as the root of the mean square in the 255 steps of a file.
-            "grey_levels": 255 * suspect.norm / largest,
-            "suspect": suspect.describe(),
-            "held_out_success": held_out.describe(),
-        }
-        problem = ""
-        if images < FEWEST_IMAGES:
-            problem = f"a change that works on {images} images proves nothing; give at least {FEWEST_IMAGES}"
-        elif not suspect.reached:
-            problem = (
-                f"no class has a change that works within {self.inversion.steps} steps; raise inversion.steps"
+        """Search and judge; see ``find_smallest``."""
+        return self.judge(
+            find_smallest(
+                model, clean, self.inversion, held_out_fraction=self.held_out_fraction,
+                partial=False, purpose="a perturbation search", generator=generator, progress=progress,
             )
-        if problem:
-            return Detection(math.nan, threshold, source, undetermined=problem, evidence=evidence)
-        score = math.log(reference / max(suspect.norm, _SMALLEST_NORM))
-        return Detection(
-            score=score,
-            threshold=threshold,
-            threshold_source=source,
-            p_value=None if self.calibration is None else self.calibration.p_value(score),
-            target_class=suspect.target_class,
-            evidence=evidence,
-        )
+        )  # fmt: skip
+
+    def judge(self, found: Smallest) -> Detection:
+        """Score what a search with these options found."""
+        # An l2 norm of pixels in [0, 1], as the root of the mean square in the 255 steps of a file.
+        grey_levels = 255 * found.suspect.norm / found.largest
+        return judge_smallest(
+            found, fewest_classes=self.fewest_classes, threshold=self.threshold,
+            calibration=self.calibration, alpha=self.alpha, asked=self.inversion.success, partial=False,
+            further={"grey_levels": grey_levels},
+        )  # fmt: skip

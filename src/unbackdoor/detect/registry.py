@@ -20,6 +20,7 @@ from unbackdoor.detect.scan_statistics import SCAn
 from unbackdoor.detect.spectral import SpectralSignatures
 from unbackdoor.detect.strip import STRIP
 from unbackdoor.detect.trigger_search import TriggerSearch
+from unbackdoor.detect.warp_search import WarpSearch
 
 MODEL_DETECTORS: dict[str, type[Any]] = {
     cls.name: cls
@@ -31,6 +32,7 @@ MODEL_DETECTORS: dict[str, type[Any]] = {
         TriggerSize,
         TriggerSearch,
         PerturbationSearch,
+        WarpSearch,
         MaximumMargin,
         HeadWeights,
         BTIDBF,

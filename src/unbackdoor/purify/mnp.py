@@ -18,6 +18,7 @@ from unbackdoor.filters.magnitude import layer_normalised, magnitudes
 from unbackdoor.filters.mask import FilterMask, PruneMode
 from unbackdoor.filters.saliency import clean_loss
 from unbackdoor.filters.select import Exposed, Guard, Step, below, guarded_walk, order
+from unbackdoor.forms import largest_norm
 from unbackdoor.inversion import Inversion, InvertedTrigger, invert_all
 from unbackdoor.masks import LearntMasks, MaskTraining, learn_masks
 from unbackdoor.purify.nc import suspects
@@ -27,7 +28,10 @@ from unbackdoor.suppression import Suppressed, Suppression, suppress
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
 Stage = Literal["suppress", "penalise", "preserve"]
-Way = Literal["inversion", "perturbation", "suppression"]
+Way = Literal["inversion", "perturbation", "warp", "suppression"]
+
+_DRAWN: tuple[Way, ...] = ("inversion", "perturbation", "suppression", "warp")
+"""In the order in which the ways came to be, so that a seed gives what it gave before."""
 
 
 @dataclass(frozen=True)
@@ -46,27 +50,32 @@ class MNP:
 
     Beyond the paper: suppression cannot see a small patch that few training images carried, nor a faint
     pattern, and trigger inversion can. ``exposures`` names the ways taken, in turn, each on what the ones
-    before left: by ``inversion`` of patches (Neural Cleanse, Wang et al., S&P 2019) and by ``perturbation``,
-    the inversion of small changes of the whole image (after Xiang, Miller, Kesidis, arXiv 1908.10498), M1 is
-    learnt on clean images and on the same images with the triggers of suspicious classes, under their true
-    labels; by ``suppression``, as in the paper. One guard bounds what all together cost; a filter goes only
-    if that helps where the backdoor was exposed. If no class is suspicious, inversion removes nothing; if it
-    settled it, suppression, which costs clean accuracy, is left out. Not every backdoor sits in a few
-    filters: what is left after pruning ``relearns`` (see ``Relearning``) to answer images with the
-    triggers that were found as the suspect answers them without.
+    before left: by ``inversion`` of patches (Neural Cleanse, Wang et al., S&P 2019), by ``perturbation``,
+    the inversion of small changes of the whole image (after Xiang, Miller, Kesidis, arXiv 1908.10498), and by
+    ``warp``, that of shifts of the pixels (the trigger of WaNet, arXiv 2102.10369), M1 is learnt on clean
+    images and on the same images with the triggers of suspicious classes, under their true labels; by
+    ``suppression``, as in the paper. One guard bounds what all together cost; a filter goes only if that
+    helps where the backdoor was exposed. If no class is suspicious, inversion removes nothing; if it settled
+    it, warps, and suppression, which costs clean accuracy, are left out. Not every backdoor sits in a few
+    filters: what is left after pruning ``relearns`` (see ``Relearning``) to answer images with the triggers
+    that were found as the suspect answers them without.
 
     Args:
-        exposures: Ways in which filters are exposed: ``inversion``, ``perturbation``, ``suppression``.
+        exposures: Ways in which filters are exposed: ``inversion``, ``perturbation``, ``warp``,
+            ``suppression``.
         inversion: How patches are inverted, for every class.
         perturbation: How changes of the whole image are inverted, for every class.
+        warp: How shifts of the pixels are inverted, for every class. A class that none leads to counts as an
+            eighth of the image.
         outlier_share: Classes whose trigger's norm is at most this share of the median are suspicious, in
             (0, 1].
+        warp_share: The same for warps, in (0, 1]. Mostly a share of an eighth of the image, see ``warp``.
         anomaly_threshold: They are only if that norm's anomaly index is larger than this as well; the usual 2
             misses small patches where the norms of the other classes vary much.
         fewest_classes: With fewer valid norms no class is: their median says nothing.
         settled: If this share of the loss on stamped images is gone after removals and relearning, and no
-            suspicious class is left, a backdoor was found and is gone: suppression is then left out, since it
-            would cost clean accuracy for nothing. Above 1: all ways are always taken.
+            suspicious class is left, a backdoor was found and is gone: warps are then left out, and
+            suppression, since it would cost clean accuracy for nothing. Above 1: all ways are always taken.
         relearns: When the survivors are tuned: ``never``, as in the paper; if ``triggers`` were found; or
             ``always``, after suppression too, on clean images alone. A model that lost more clean accuracy
             than the guard allows is not taken.
@@ -109,10 +118,12 @@ class MNP:
     source: ClassVar[str] = "Li, Jiang, Yi 2024, arXiv 2405.17750"
     needs: ClassVar[str] = "clean images with labels"
 
-    exposures: tuple[Way, ...] = ("inversion", "perturbation", "suppression")
+    exposures: tuple[Way, ...] = ("inversion", "perturbation", "warp", "suppression")
     inversion: Inversion = field(default_factory=lambda: Inversion(steps=120, batch_size=16, success=0.95))
     perturbation: Inversion = field(default_factory=Inversion.additive)
+    warp: Inversion = field(default_factory=Inversion.warp)
     outlier_share: float = 0.35
+    warp_share: float = 0.5
     anomaly_threshold: float = 0.0
     fewest_classes: int = 5
     settled: float = 0.7
@@ -157,8 +168,11 @@ class MNP:
             raise InvalidInputError(
                 f"relearns must be 'never', 'triggers' or 'always', got {self.relearns!r}."
             )
-        if not 0 < self.outlier_share <= 1:
-            raise InvalidInputError(f"outlier_share must lie in (0, 1], got {self.outlier_share}.")
+        if not (0 < self.outlier_share <= 1 and 0 < self.warp_share <= 1):
+            raise InvalidInputError(
+                f"outlier_share and warp_share must lie in (0, 1], got {self.outlier_share} and "
+                f"{self.warp_share}."
+            )
         if not 0 <= self.held_out_fraction < 1:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
         if self.rounds < 1 or self.restarts < 0:
@@ -215,14 +229,17 @@ class MNP:
         filter_map = find_filters(model, as_float(clean.images[:1]))
         learning, guarding = divide(clean, self.held_out_fraction, generator)
         run = _Run(self, model, filter_map, learning, guarding, progress)
+        # All draw, so that leaving one out changes nothing about the others.
+        draws = {way: rng.spawn(generator) for way in _DRAWN}
         settled = False
         for way in self.exposures:
-            draws = rng.spawn(generator)
-            if way != "suppression":
-                relieved = run.resolve(way, run.by_triggers(way, draws), draws)
-                settled |= self.amount == "guarded" and relieved >= self.settled
-            elif not settled:
-                run.resolve(way, run.by_suppression(draws), draws)
+            if settled and way in ("warp", "suppression"):
+                continue
+            if way == "suppression":
+                run.resolve(way, run.by_suppression(draws[way]), draws[way])
+                continue
+            relieved = run.resolve(way, run.by_triggers(way, draws[way]), draws[way])
+            settled |= self.amount == "guarded" and relieved >= self.settled
         return Purified(
             model=run.pruned(),
             mask=run.mask,
@@ -309,19 +326,22 @@ class _Run:
         return self._exposure(m1, m2, copy, exposed)
 
     def by_triggers(
-        self, way: Literal["inversion", "perturbation"], generator: torch.Generator
+        self, way: Literal["inversion", "perturbation", "warp"], generator: torch.Generator
     ) -> _Exposure | None:
         """Learn M1 on the model, with the inverted triggers of suspicious classes on its images."""
         method, model = self.method, self.pruned()
+        options: Inversion = getattr(method, way)
+        share = method.warp_share if way == "warp" else method.outlier_share
         triggers, found = suspects(
-            model, self.learning, getattr(method, way), threshold=method.anomaly_threshold,
-            largest_share=method.outlier_share, fewest=method.fewest_classes,
-            smallest=method.act_on == "smallest", generator=rng.spawn(generator), progress=self.progress,
+            model, self.learning, options, threshold=method.anomaly_threshold,
+            largest_share=share, fewest=method.fewest_classes,
+            unreached=_unreached(options, self.learning), smallest=method.act_on == "smallest",
+            generator=rng.spawn(generator), progress=self.progress,
         )  # fmt: skip
         self.diagnostics[way] = found
         if not triggers:
             return None
-        limit = max(method.outlier_share * (found["median"] or 0.0), *(trigger.norm for trigger in triggers))
+        limit = max(share * (found["median"] or 0.0), *(trigger.norm for trigger in triggers))
         again = [trigger.target_class for trigger in triggers for _ in range(method.restarts)]
         others = self._inverted(way, model, again, limit, found, generator) if again else []
         triggers = [*triggers, *others]
@@ -510,6 +530,15 @@ class _Run:
             prune_mode=method.prune_mode,
             progress=self.progress,
         )
+
+
+def _unreached(options: Inversion, clean: LabelledImages) -> float:
+    """Return the norm of a class that no trigger was found for; NaN where it says nothing."""
+    # Patches and changes lead to every class if they may be large; warps, in a clean model, to few.
+    if options.form != "warp":
+        return math.nan
+    channels, height, width = clean.images.shape[1:]
+    return largest_norm(options.form, channels, height, width)
 
 
 def _stamped(clean: LabelledImages, triggers: Sequence[InvertedTrigger]) -> LabelledImages:

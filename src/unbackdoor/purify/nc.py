@@ -217,6 +217,7 @@ def suspects(
     fewest: int,
     smallest: bool,
     largest_share: float = 1.0,
+    unreached: float = math.nan,
     generator: torch.Generator,
     progress: Progress = silent,
 ) -> tuple[list[InvertedTrigger], dict[str, Any]]:
@@ -230,12 +231,15 @@ def suspects(
         fewest: With fewer valid norms nothing is flagged.
         smallest: Act on the smallest mask that works if nothing is flagged.
         largest_share: Flagged classes also need a norm of at most this share of the median.
+        unreached: The norm that classes without a trigger that works count as; NaN leaves them out.
         generator: All randomness follows it.
         progress: Called after each round.
     """
     triggers = invert_all(model, clean, inversion, generator=generator, progress=progress)
-    indices, flagged = flagged_classes(triggers, threshold, fewest=fewest, largest_share=largest_share)
-    middle = _median_norm(triggers)
+    indices, flagged = flagged_classes(
+        triggers, threshold, fewest=fewest, largest_share=largest_share, unreached=unreached
+    )
+    middle = _median_norm(triggers, unreached)
     chosen = flagged or (smallest_reached(triggers) if smallest else [])
     found = {
         "triggers": [trigger.describe() for trigger in triggers],
@@ -248,23 +252,29 @@ def suspects(
 
 
 def flagged_classes(
-    triggers: Sequence[InvertedTrigger], threshold: float, *, fewest: int, largest_share: float = 1.0
+    triggers: Sequence[InvertedTrigger],
+    threshold: float,
+    *,
+    fewest: int,
+    largest_share: float = 1.0,
+    unreached: float = math.nan,
 ) -> tuple[list[float], list[int]]:
-    """Return the anomaly index of each trigger, NaN for those that do not work, and the flagged classes."""
-    norms = norms_of(triggers)
+    """Return the anomaly index of each norm, NaN where there is none, and the flagged classes."""
+    norms = norms_of(triggers, unreached=unreached)
     indices = anomaly_indices(norms, fewest=fewest)
-    limit = largest_share * _median_norm(triggers)
+    limit = largest_share * _median_norm(triggers, unreached)
     flagged = [
         trigger.target_class
         for trigger, index in zip(triggers, indices, strict=True)
-        if index > threshold and trigger.norm <= limit
+        if trigger.reached and index > threshold and trigger.norm <= limit
     ]
     return indices, flagged
 
 
-def _median_norm(triggers: Sequence[InvertedTrigger]) -> float:
-    """Return the median norm of the triggers that work; NaN if none does."""
-    return float(torch.tensor(norms_of(triggers)).nanquantile(0.5)) if triggers else math.nan
+def _median_norm(triggers: Sequence[InvertedTrigger], unreached: float) -> float:
+    """Return the median norm of the triggers that work, others as ``unreached``; NaN if there is none."""
+    norms = torch.tensor(norms_of(triggers, unreached=unreached))
+    return float(norms.nanquantile(0.5)) if triggers else math.nan
 
 
 def smallest_reached(triggers: Sequence[InvertedTrigger]) -> list[int]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from unbackdoor import rng
 from unbackdoor.errors import InvalidInputError
+from unbackdoor.warps import resample, warp_grid
 
 LARGEST = 1000.0
 """Far above any control vector of ``warp_field``; sums of larger ones overflow to NaN."""
@@ -95,20 +95,6 @@ def warp_field(size: int, generator: torch.Generator) -> Tensor:
     return field / field.abs().mean()
 
 
-def warp_grid(field: Tensor, strength: float, height: int, width: int) -> Tensor:
-    """Return the sampling grid of a warp, float32 ``(1, height, width, 2)`` with (column, row) last.
-
-    Each axis is divided by its own length, so that shifts are equal in pixels on oblong images too.
-    """
-    size = field.new_tensor([width, height])
-    smooth = F.interpolate(field[None].float(), size=(height, width), mode="bicubic", align_corners=True)
-    rows = torch.linspace(-1, 1, height, device=field.device)
-    columns = torch.linspace(-1, 1, width, device=field.device)
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
-    identity = torch.stack([x, y], dim=-1)[None]
-    return (identity + strength * smooth.permute(0, 2, 3, 1) / size).clamp(-1, 1)
-
-
 def noisy_warp(
     images: Tensor, field: Tensor, strength: float, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -124,10 +110,3 @@ def noisy_warp(
     grid = warp_grid(field.to(images), strength, height, width)
     noise = torch.rand(count, height, width, 2, generator=generator).to(images) * 2 - 1
     return resample(images, (grid + noise / grid.new_tensor([width, height])).clamp(-1, 1))
-
-
-def resample(images: Tensor, grid: Tensor) -> Tensor:
-    """Sample ``images`` bilinearly at ``grid``, ``(N, H, W, 2)`` in [-1, 1]."""
-    if not len(images):
-        return images.clone()
-    return F.grid_sample(images, grid, mode="bilinear", align_corners=True).clamp(0.0, 1.0)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from unbackdoor import rng
 from unbackdoor.detect import PerturbationSearch, TriggerSearch, UnlearntTrigger
+from unbackdoor.detect.smallest import Smallest
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.rates import Rate
@@ -55,7 +56,7 @@ def trigger(target: int, norm: float, *, reached: bool = True) -> InvertedTrigge
 def judged(norms: list[float | None], method: PerturbationSearch = QUICK, count: int = 100) -> Any:  # noqa: ANN401
     found = [trigger(k, 9.0 if n is None else n, reached=n is not None) for k, n in enumerate(norms)]
     smallest = min(found, key=lambda each: (not each.reached, each.norm))
-    return method.judge(found, smallest, Rate(9, 10), count)
+    return method.judge(Smallest(found, smallest, Rate(9, 10), count, (4, 10, 10)))
 
 
 def test_a_faint_trigger_is_found_and_a_clean_model_scores_low() -> None:
@@ -99,5 +100,5 @@ def test_forms_are_not_mixed() -> None:
         UnlearntTrigger(inversion=Inversion.additive())
     with pytest.raises(InvalidInputError, match="fewest_classes >= 3"):
         PerturbationSearch(fewest_classes=2)
-    with pytest.raises(InvalidInputError, match="form must be"):
+    with pytest.raises(InvalidInputError, match="form must be one of"):
         Inversion(form="mask")  # type: ignore[arg-type]

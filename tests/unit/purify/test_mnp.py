@@ -14,6 +14,7 @@ from unbackdoor.filters.select import Guard
 from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.masks import MaskTraining
 from unbackdoor.purify import MNP, mnp
+from unbackdoor.purify.mnp import Way
 from unbackdoor.purify.relearning import Relearning
 from unbackdoor.suppression import Suppression
 from unbackdoor.testing import planted_backdoor
@@ -28,8 +29,9 @@ INVERTING = replace(
     QUICK,
     exposures=("inversion",),
     inversion=Inversion(steps=60, batch_size=8),
-    # The planted trigger is a patch, which the way for faint changes is not made for.
+    # The planted trigger is a patch, which the ways for faint changes and warps are not made for.
     perturbation=Inversion(steps=60, batch_size=8),
+    warp=Inversion(steps=60, batch_size=8),
     act_on="smallest",
     restarts=0,
 )
@@ -130,9 +132,9 @@ def test_progress_names_its_stages_and_reaches_the_end() -> None:
         assert last[1] == last[2]
 
 
-@pytest.mark.parametrize("way", ["inversion", "perturbation"])
+@pytest.mark.parametrize("way", ["inversion", "perturbation", "warp"])
 def test_triggers_expose_the_planted_filters_and_name_their_class(
-    way: Literal["inversion", "perturbation"],
+    way: Literal["inversion", "perturbation", "warp"],
 ) -> None:
     result = purify(replace(INVERTING, exposures=(way,)))
     found = result.diagnostics[way]
@@ -159,6 +161,20 @@ def test_a_change_is_looked_for_even_where_a_patch_settled_the_matter() -> None:
     result = purify(replace(INVERTING, exposures=("inversion", "perturbation", "suppression"), settled=0.3))
     assert set(result.diagnostics) >= {"inversion", "perturbation"}
     assert "suppression" not in result.diagnostics
+
+
+def test_a_warp_is_not_looked_for_where_a_patch_settled_the_matter() -> None:
+    ways: tuple[Way, ...] = ("inversion", "warp", "suppression")
+    settled = purify(replace(INVERTING, exposures=ways, settled=0.3)).diagnostics
+    assert not {"warp", "suppression"} & set(settled)
+    open_still = purify(replace(INVERTING, exposures=ways, settled=2.0)).diagnostics
+    assert {"warp", "suppression"} <= set(open_still)
+
+
+def test_leaving_a_way_out_changes_nothing_of_the_others() -> None:
+    alone = purify(replace(INVERTING, exposures=("warp",))).diagnostics["warp"]
+    never = replace(INVERTING, exposures=("suppression", "warp"), amount="count", count=0)
+    assert purify(never).diagnostics["warp"]["triggers"] == alone["triggers"]
 
 
 def relearnt(result: Purified) -> dict[str, Any]:
@@ -303,7 +319,7 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
     [
         ({"exposures": ()}, "exposures must name"),
         ({"exposures": ("magic",)}, "exposures must name"),
-        ({"outlier_share": 0.0}, "outlier_share must lie"),
+        ({"outlier_share": 0.0}, "outlier_share and warp_share must lie"),
         ({"restarts": -1}, "restarts 0, got 4 and -1"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"relearns": "sometimes"}, "relearns must be"),

@@ -9,7 +9,8 @@ from torch import Tensor
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.rng import generator
 from unbackdoor.triggers import NoiseWarpTrigger, WarpTrigger, load_trigger, save_trigger
-from unbackdoor.triggers.warp import noisy_warp, resample, warp_field, warp_grid
+from unbackdoor.triggers.warp import noisy_warp, warp_field
+from unbackdoor.warps import resample, warp_grid
 
 
 def images(n: int = 2, channels: int = 3, height: int = 8, width: int = 8) -> Tensor:
