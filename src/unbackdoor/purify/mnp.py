@@ -80,6 +80,8 @@ class MNP:
             ``always``, after suppression too, on clean images alone. A model that lost more clean accuracy
             than the guard allows is not taken.
         relearning: How.
+        retries: How often relearning on triggers that cost more clean accuracy than the guard allows is tried
+            again, each time with half of the stamped share of its batches.
         restarts: How often triggers of suspicious classes are inverted once more, from other random starts,
             before anything is removed: one is seldom the attacker's, several cover more of what works.
         rounds: How often at most the survivors relearn in each way. Between rounds, triggers of the
@@ -129,6 +131,7 @@ class MNP:
     settled: float = 0.7
     relearns: Literal["never", "triggers", "always"] = "triggers"
     relearning: Relearning = field(default_factory=Relearning)
+    retries: int = 2
     restarts: int = 3
     rounds: int = 4
     act_on: Literal["flagged", "smallest"] = "flagged"
@@ -175,9 +178,10 @@ class MNP:
             )
         if not 0 <= self.held_out_fraction < 1:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
-        if self.rounds < 1 or self.restarts < 0:
+        if self.rounds < 1 or min(self.restarts, self.retries) < 0:
             raise InvalidInputError(
-                f"rounds must be at least 1 and restarts 0, got {self.rounds} and {self.restarts}."
+                f"rounds must be at least 1, restarts and retries 0; got {self.rounds}, {self.restarts} and "
+                f"{self.retries}."
             )
         if self.count < 0:
             raise InvalidInputError(f"count must be at least 0, got {self.count}.")
@@ -419,6 +423,26 @@ class _Run:
 
     def _relearn(self, way: Way, exposure: _Exposure, generator: torch.Generator) -> float | None:
         """Tune the survivors and return what of the triggers' loss is gone; None if that costs too much."""
+        options = self.method.relearning
+        for _ in range(1 + self.method.retries * bool(exposure.triggers)):
+            relearnt = self._relearnt(way, exposure, options, generator)
+            if relearnt is not None:
+                break
+            options = replace(options, stamped_fraction=options.stamped_fraction / 2)
+        else:
+            return None
+        self.survivor = relearnt
+        if not exposure.triggers or exposure.exposed is None:
+            return 0.0
+        before, after = (
+            clean_loss(network, exposure.exposed.data) for network in (exposure.exposed.model, relearnt)
+        )
+        return 1 - after / before
+
+    def _relearnt(
+        self, way: Way, exposure: _Exposure, options: Relearning, generator: torch.Generator
+    ) -> nn.Module | None:
+        """Tune a copy of the survivors; None if that costs too much."""
         method, model = self.method, self.pruned()
 
         def restrain(network: nn.Module) -> None:
@@ -427,7 +451,7 @@ class _Run:
         log = self.diagnostics.setdefault("relearning", [])
         try:
             relearnt, record = relearn(
-                model, self.model, self.learning, exposure.triggers, method.relearning,
+                model, self.model, self.learning, exposure.triggers, options,
                 restrain=restrain, generator=rng.spawn(generator), progress=self.progress,
             )  # fmt: skip
         except UnsupportedModelError as error:
@@ -441,21 +465,14 @@ class _Run:
             {
                 "exposure": way,
                 "taken": taken,
+                "stamped_fraction": options.stamped_fraction,
                 "losses": list(record.losses),
                 "accuracy_of_the_suspect": suspect,
                 "accuracy": now,
                 "trigger_success": successes,
             }
         )
-        if not taken:
-            return None
-        self.survivor = relearnt
-        if not exposure.triggers or exposure.exposed is None:
-            return 0.0
-        before, after = (
-            clean_loss(network, exposure.exposed.data) for network in (exposure.exposed.model, relearnt)
-        )
-        return 1 - after / before
+        return relearnt if taken else None
 
     def _m1(
         self, model: nn.Module, data: LabelledImages, source: nn.Module, generator: torch.Generator

@@ -15,7 +15,7 @@ from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.masks import MaskTraining
 from unbackdoor.purify import MNP, mnp
 from unbackdoor.purify.mnp import Way
-from unbackdoor.purify.relearning import Relearning
+from unbackdoor.purify.relearning import Relearning, relearn
 from unbackdoor.suppression import Suppression
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.types import LabelledImages, Progress, Purified, silent
@@ -202,10 +202,35 @@ def test_what_is_not_pruned_relearns_to_ignore_the_trigger() -> None:
 @pytest.mark.parametrize("rate", [1.0, 1e30])
 def test_relearning_that_costs_too_much_is_not_taken(rate: float) -> None:
     wild = replace(RELEARNING.relearning.recipe, learning_rate=rate, epochs=1)
-    result = purify(replace(RELEARNING, relearning=Relearning(wild)))
+    result = purify(replace(RELEARNING, relearning=Relearning(wild), retries=0))
     assert not relearnt(result)["taken"]
     for mine, theirs in zip(result.model.parameters(), PLANTED.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_relearning_that_costs_too_much_is_tried_again_with_fewer_triggers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shares: list[float] = []
+
+    def costly(model: Any, *others: Any, **options: Any) -> Any:  # noqa: ANN401
+        shares.append(others[3].stamped_fraction)
+        broken, record = relearn(model, *others, **options)
+        if len(shares) < 3:
+            for parameter in broken.parameters():
+                parameter.data.zero_()
+        return broken, record
+
+    monkeypatch.setattr(mnp, "relearn", costly)
+    log = purify(replace(RELEARNING, rounds=1)).diagnostics["relearning"]
+    assert shares == [0.5, 0.25, 0.125]
+    assert [tried["taken"] for tried in log] == [False, False, True]
+    shares.clear()
+    assert len(purify(replace(RELEARNING, rounds=1, retries=1)).diagnostics["relearning"]) == 2
+    shares.clear()
+    # Without triggers there is nothing to stamp less of.
+    purify(replace(QUICK, relearns="always"))
+    assert shares == [0.5]
 
 
 def test_relearning_waits_for_triggers_unless_it_is_always_wanted() -> None:
@@ -322,6 +347,8 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
         ({"outlier_share": 0.0}, "outlier_share and warp_share must lie"),
         ({"restarts": -1}, "restarts 0, got 4 and -1"),
         ({"rounds": 0}, "rounds must be at least 1"),
+        ({"retries": -1}, "restarts and retries 0"),
+        ({"warp_share": 0.0}, "outlier_share and warp_share"),
         ({"relearns": "sometimes"}, "relearns must be"),
         ({"stages": ("suppress",)}, "stages must name 'penalise' or 'preserve'"),
         ({"stages": ("penalise", "magic")}, "stages must name"),

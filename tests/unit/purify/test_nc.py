@@ -140,6 +140,16 @@ def test_flags_by_hand() -> None:
     assert flagged_classes(triggers[:4], 2.0, fewest=5)[1] == []
 
 
+def test_classes_without_a_trigger_may_count_as_a_norm() -> None:
+    # One class of five has a trigger that works: alone it is no outlier, beside four that need 4 it is.
+    lone = [trigger(0, 0.5), *(trigger(k, 0.1, reached=False) for k in range(1, 5))]
+    assert flagged_classes(lone, 0.0, fewest=5, largest_share=0.5)[1] == []
+    indices, flagged = flagged_classes(lone, 0.0, fewest=5, largest_share=0.5, unreached=4.0)
+    assert flagged == [0]
+    assert indices[1:] == [0.0] * 4
+    assert flagged_classes(lone, 0.0, fewest=5, largest_share=0.1, unreached=4.0)[1] == []
+
+
 class Remember(nn.Module):
     """Returns equal logits and keeps the images that it saw."""
 
