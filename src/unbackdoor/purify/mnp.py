@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor import rng
-from unbackdoor.compute import accuracy_of, check_fits, predictions_of
+from unbackdoor.compute import accuracy_of, check_fits
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.magnitude import layer_normalised, magnitudes
@@ -24,6 +24,7 @@ from unbackdoor.masks import LearntMasks, MaskTraining, learn_masks
 from unbackdoor.purify.nc import suspects
 from unbackdoor.purify.relearning import Relearning, relearn
 from unbackdoor.purify.selection import divide
+from unbackdoor.purify.stamping import joined, largest_success, stamped
 from unbackdoor.suppression import Suppressed, Suppression, suppress
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
@@ -349,8 +350,8 @@ class _Run:
         again = [trigger.target_class for trigger in triggers for _ in range(method.restarts)]
         others = self._inverted(way, model, again, limit, found, generator) if again else []
         triggers = [*triggers, *others]
-        stamped, held = (_stamped(data, triggers) for data in (self.learning, self.guarding))
-        m1 = self._m1(model, _joined(self.learning, stamped), model, generator)
+        shown, held = (stamped(data, triggers) for data in (self.learning, self.guarding))
+        m1 = self._m1(model, joined(self.learning, shown), model, generator)
         found["masks"] = _learnt(m1)
         exposure = self._exposure(m1, None, model, Exposed(model, held))
         return replace(exposure, triggers=tuple(triggers), limit=limit)
@@ -460,7 +461,9 @@ class _Run:
             return None
         suspect, now = (accuracy_of(network, self.guarding) for network in (self.model, relearnt))
         taken = now >= suspect - method.guard.accuracy - 1e-9
-        successes = [_success(network, self.guarding, exposure) for network in (model, relearnt)]
+        successes = [
+            largest_success(network, self.guarding, exposure.triggers) for network in (model, relearnt)
+        ]
         log.append(
             {
                 "exposure": way,
@@ -556,35 +559,6 @@ def _unreached(options: Inversion, clean: LabelledImages) -> float:
         return math.nan
     channels, height, width = clean.images.shape[1:]
     return largest_norm(options.form, channels, height, width)
-
-
-def _stamped(clean: LabelledImages, triggers: Sequence[InvertedTrigger]) -> LabelledImages:
-    """Return for each class the images that its triggers should not move, dealt out among these triggers."""
-    images, labels = [], []
-    for target in sorted({trigger.target_class for trigger in triggers}):
-        mine = [trigger for trigger in triggers if trigger.target_class == target]
-        places = (clean.labels != target).nonzero().flatten()
-        for index, trigger in enumerate(mine):
-            part = clean.subset(places[index :: len(mine)])
-            # Not rounded to 8 bits, which would wipe a faint change out.
-            images.append(trigger(as_float(part.images)))
-            labels.append(part.labels)
-    return LabelledImages(torch.cat(images), torch.cat(labels), clean.class_names)
-
-
-def _success(model: nn.Module, clean: LabelledImages, exposure: _Exposure) -> float | None:
-    """Return the largest success of the triggers on images of other classes; None without triggers."""
-    rates = []
-    for trigger in exposure.triggers:
-        others = clean.subset(clean.labels != trigger.target_class)
-        hits = predictions_of(model, trigger(as_float(others.images))) == trigger.target_class
-        rates.append(float(hits.float().mean()))
-    return max(rates, default=None)
-
-
-def _joined(one: LabelledImages, other: LabelledImages) -> LabelledImages:
-    images = torch.cat([as_float(one.images), other.images])
-    return LabelledImages(images, torch.cat([one.labels, other.labels]), one.class_names)
 
 
 def _combine(m1: LearntMasks | None, m2: LearntMasks | None, score: str) -> dict[str, Tensor]:

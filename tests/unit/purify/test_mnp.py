@@ -18,7 +18,7 @@ from unbackdoor.purify.mnp import Way
 from unbackdoor.purify.relearning import Relearning, relearn
 from unbackdoor.suppression import Suppression
 from unbackdoor.testing import planted_backdoor
-from unbackdoor.types import LabelledImages, Progress, Purified, silent
+from unbackdoor.types import Progress, Purified, silent
 
 PLANTED = planted_backdoor()
 CLEAN = PLANTED.clean_data(64, rng.generator(0))
@@ -261,18 +261,6 @@ def test_a_suspicious_class_is_inverted_from_several_starts() -> None:
     assert [trigger["target_class"] for trigger in found[2]["inverted_anew"]] == [target, target]
     one, other = (trigger["l1_pixels"] for trigger in found[2]["inverted_anew"])
     assert one != other
-
-
-def test_triggers_of_a_class_share_its_images() -> None:
-    def painted(target: int, value: float) -> InvertedTrigger:
-        mask, pattern = torch.ones(1, 2, 2), torch.full((3, 2, 2), value)
-        return InvertedTrigger(target, mask, pattern, 4.0, 1.0, reached=True, steps=1)
-
-    clean = LabelledImages(torch.zeros(6, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2]))
-    stamped = mnp._stamped(clean, [painted(1, 0.5), painted(0, 0.25), painted(1, 1.0)])
-    colours = stamped.images[:, 0, 0, 0].tolist()
-    assert colours == 4 * [0.25] + 2 * [0.5] + 2 * [1.0]
-    assert stamped.labels.tolist() == [1, 2, 1, 2, 0, 0, 2, 2]
 
 
 def test_what_rounds_of_relearning_leave_is_not_settled(monkeypatch: pytest.MonkeyPatch) -> None:
