@@ -118,7 +118,7 @@ def refused_relearning(log: Sequence[Mapping[str, Any]]) -> list[str]:
         + "; the trigger that was found may still work. Allow more with --set guard.accuracy, or lower "
         "--set relearning.recipe.learning_rate."
         for step in log
-        if not step["taken"]
+        if not step["taken"] and not step.get("tried_again")
     ]
 
 

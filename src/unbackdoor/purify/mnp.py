@@ -424,13 +424,15 @@ class _Run:
 
     def _relearn(self, way: Way, exposure: _Exposure, generator: torch.Generator) -> float | None:
         """Tune the survivors and return what of the triggers' loss is gone; None if that costs too much."""
-        options = self.method.relearning
-        for _ in range(1 + self.method.retries * bool(exposure.triggers)):
-            relearnt = self._relearnt(way, exposure, options, generator)
+        options, retries = self.method.relearning, self.method.retries if exposure.triggers else 0
+        relearnt = self._relearnt(way, exposure, options, generator)
+        for _ in range(retries):
             if relearnt is not None:
                 break
+            self.diagnostics["relearning"][-1]["tried_again"] = True
             options = replace(options, stamped_fraction=options.stamped_fraction / 2)
-        else:
+            relearnt = self._relearnt(way, exposure, options, generator)
+        if relearnt is None:
             return None
         self.survivor = relearnt
         if not exposure.triggers or exposure.exposed is None:

@@ -24,6 +24,8 @@ def test_what_was_not_relearnt_is_said(step: dict[str, Any], said: str) -> None:
 
 def test_nothing_is_said_where_nothing_was_refused() -> None:
     assert refused_relearning([]) == refused_relearning([STEP]) == []
+    # The first try cost too much, a gentler one did not.
+    assert refused_relearning([STEP | {"taken": False, "tried_again": True}, STEP]) == []
 
 
 def test_triggers_that_the_last_round_left_are_named() -> None:

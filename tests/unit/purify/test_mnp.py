@@ -225,6 +225,7 @@ def test_relearning_that_costs_too_much_is_tried_again_with_fewer_triggers(
     log = purify(replace(RELEARNING, rounds=1)).diagnostics["relearning"]
     assert shares == [0.5, 0.25, 0.125]
     assert [tried["taken"] for tried in log] == [False, False, True]
+    assert ["tried_again" in tried for tried in log] == [True, True, False]
     shares.clear()
     assert len(purify(replace(RELEARNING, rounds=1, retries=1)).diagnostics["relearning"]) == 2
     shares.clear()
