@@ -334,7 +334,7 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
         ({"exposures": ()}, "exposures must name"),
         ({"exposures": ("magic",)}, "exposures must name"),
         ({"outlier_share": 0.0}, "outlier_share and warp_share must lie"),
-        ({"restarts": -1}, "restarts 0, got 4 and -1"),
+        ({"restarts": -1}, "restarts and retries 0; got 4, -1 and 2"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"retries": -1}, "restarts and retries 0"),
         ({"warp_share": 0.0}, "outlier_share and warp_share"),
