@@ -61,7 +61,8 @@ def refusal_of(path: Path, read: Callable[[Path], object] = read_checkpoint) -> 
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UnsafeFileError) as caught:
         read(path)
-    assert time.process_time() - started < 1.0
+    # Against files that take for ever; a million instructions alone take about 1 s of a slow processor.
+    assert time.process_time() - started < 5.0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < MEMORY_KIB
     assert not (folder / "payload-ran").exists()
     message = str(caught.value)
