@@ -10,6 +10,7 @@ from torch import nn
 
 from unbackdoor.detect.calibration import Calibration
 from unbackdoor.detect.smallest import Smallest, check_options, find_smallest, judge_smallest
+from unbackdoor.forms import Form
 from unbackdoor.inversion import Inversion
 from unbackdoor.types import Detection, LabelledImages, Progress, silent
 
@@ -44,6 +45,8 @@ class PerturbationSearch:
     title: ClassVar[str] = "Size of the smallest change of all pixels"
     source: ClassVar[str] = "after Xiang, Miller, Kesidis 2020, arXiv 1908.10498"
     needs: ClassVar[str] = "clean images with labels"
+    form: ClassVar[Form] = "additive"
+    partial: ClassVar[bool] = False
 
     inversion: Inversion = field(default_factory=Inversion.additive)
     held_out_fraction: float = 0.2
@@ -53,7 +56,7 @@ class PerturbationSearch:
     alpha: float = 0.05
 
     def __post_init__(self) -> None:
-        check_options(self.inversion, "additive", self.fewest_classes, self.held_out_fraction)
+        check_options(self)
 
     def score(
         self,
@@ -64,19 +67,10 @@ class PerturbationSearch:
         progress: Progress = silent,
     ) -> Detection:
         """Search and judge; see ``find_smallest``."""
-        return self.judge(
-            find_smallest(
-                model, clean, self.inversion, held_out_fraction=self.held_out_fraction,
-                partial=False, purpose="a perturbation search", generator=generator, progress=progress,
-            )
-        )  # fmt: skip
+        return self.judge(find_smallest(self, model, clean, generator=generator, progress=progress))
 
     def judge(self, found: Smallest) -> Detection:
         """Score what a search with these options found."""
         # An l2 norm of pixels in [0, 1], as the root of the mean square in the 255 steps of a file.
         grey_levels = 255 * found.suspect.norm / found.largest
-        return judge_smallest(
-            found, fewest_classes=self.fewest_classes, threshold=self.threshold,
-            calibration=self.calibration, alpha=self.alpha, asked=self.inversion.success, partial=False,
-            further={"grey_levels": grey_levels},
-        )  # fmt: skip
+        return judge_smallest(self, found, further={"grey_levels": grey_levels})

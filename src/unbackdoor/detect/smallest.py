@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from unbackdoor.compute import check_fits
 from unbackdoor.detect.calibration import Calibration, threshold_from
 from unbackdoor.detect.trigger_search import FEWEST_IMAGES, held_apart, smallest_classes, success_on
 from unbackdoor.errors import InvalidInputError
-from unbackdoor.forms import NORMS, largest_norm
+from unbackdoor.forms import NORMS, Form, largest_norm
 from unbackdoor.inversion import Inversion, InvertedTrigger, invert_all
 from unbackdoor.rates import Rate
 from unbackdoor.types import Detection, LabelledImages, Progress
@@ -49,46 +49,92 @@ class Smallest:
         return largest_norm(self.suspect.form, *self.shape)
 
 
-def needed(trigger: InvertedTrigger, asked: float, largest: float, *, partial: bool) -> float:
+class Search(Protocol):
+    """What the detectors that rest on the smallest trigger have in common: their options, and what they ask.
+
+    ``partial`` says whether a trigger that falls short of the asked-for success counts, see ``needed``.
+    """
+
+    form: ClassVar[Form]
+    partial: ClassVar[bool]
+
+    @property
+    def inversion(self) -> Inversion:
+        """Of every class."""
+
+    @property
+    def held_out_fraction(self) -> float:
+        """Share of the images on which success is measured, in [0, 1)."""
+
+    @property
+    def fewest_classes(self) -> int:
+        """With fewer classes the score is relative to the largest norm."""
+
+    @property
+    def threshold(self) -> float:
+        """Used without a calibration."""
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Scores of clean models, or None."""
+
+    @property
+    def alpha(self) -> float:
+        """False-positive rate of a calibrated threshold."""
+
+
+def check_options(search: Search) -> None:
+    """Refuse what cannot be searched for.
+
+    Raises:
+        InvalidInputError: If the inversion is of another form, or a number is out of range.
+    """
+    if search.inversion.form != search.form:
+        raise InvalidInputError(
+            f"this detector inverts triggers of one form; set inversion.form to {search.form!r}, got "
+            f"{search.inversion.form!r}."
+        )
+    if search.fewest_classes < 3 or not 0 <= search.held_out_fraction < 1:
+        raise InvalidInputError(
+            "this detector needs fewest_classes >= 3 and held_out_fraction in [0, 1), got "
+            f"{search.fewest_classes} and {search.held_out_fraction}."
+        )
+
+
+def needed(search: Search, trigger: InvertedTrigger, largest: float) -> float:
     """Return the norm that a class counts as needing.
 
-    That of its trigger if it reached what was asked for. Else ``largest``; or, if ``partial`` and at least
-    half of the asked-for success was reached, the norm divided by the reached share of it.
+    That of its trigger if it reached what was asked for. Else ``largest``; or, if the search is ``partial``
+    and at least half of the asked-for success was reached, the norm divided by the reached share of it.
 
     Args:
+        search: What was asked for.
         trigger: Of the class.
-        asked: Share of the images that it should send there, in (0, 1].
         largest: See ``largest_norm``; nothing counts as more.
-        partial: Whether a trigger that falls short counts.
     """
     if trigger.reached:
         return min(trigger.norm, largest)
+    asked = search.inversion.success
     # NaN, which a class without images of others has, fails the comparison.
-    if partial and trigger.success >= asked / 2:
+    if search.partial and trigger.success >= asked / 2:
         return min(trigger.norm * asked / trigger.success, largest)
     return largest
 
 
 def find_smallest(
+    search: Search,
     model: nn.Module,
     clean: LabelledImages,
-    inversion: Inversion,
     *,
-    held_out_fraction: float,
-    partial: bool,
-    purpose: str,
     generator: torch.Generator,
     progress: Progress,
 ) -> Smallest:
     """Invert a trigger of every class.
 
     Args:
+        search: How.
         model: Takes float images in [0, 1]; left untouched.
         clean: Clean images with labels; a few hundred.
-        inversion: How.
-        held_out_fraction: Share of the images on which success is measured, in [0, 1).
-        partial: See ``needed``.
-        purpose: What the images are for, in an error.
         generator: All randomness follows it; on the CPU.
         progress: Called after each round.
 
@@ -96,54 +142,41 @@ def find_smallest(
         InvalidInputError: If there are fewer than two images, or a class or label has no output.
         UnsupportedModelError: If the model cannot be run on the images.
     """
-    check_fits(model, clean, purpose=purpose, at_least=2)
-    learning, held_out = held_apart(clean, held_out_fraction, rng.spawn(generator))
-    found = invert_all(model, learning, inversion, generator=rng.spawn(generator), progress=progress)
+    check_fits(model, clean, purpose="a search for triggers", at_least=2)
+    learning, held_out = held_apart(clean, search.held_out_fraction, rng.spawn(generator))
+    found = invert_all(model, learning, search.inversion, generator=rng.spawn(generator), progress=progress)
     channels, height, width = clean.images.shape[1:]
-    largest = largest_norm(inversion.form, channels, height, width)
+    largest = largest_norm(search.form, channels, height, width)
     by_class = {trigger.target_class: trigger for trigger in found}
     # Where none works at all, the one that came nearest.
     nearest = [by_class[k] for k in smallest_classes(found, len(found))]
-    suspect = min(nearest, key=lambda each: needed(each, inversion.success, largest, partial=partial))
+    suspect = min(nearest, key=lambda each: needed(search, each, largest))
     rate = success_on(model, suspect, held_out)
     return Smallest(found, suspect, rate, len(learning), (channels, height, width))
 
 
-def judge_smallest(
-    found: Smallest,
-    *,
-    fewest_classes: int,
-    threshold: float,
-    calibration: Calibration | None,
-    alpha: float,
-    asked: float,
-    partial: bool,
-    further: Mapping[str, Any],
-) -> Detection:
+def judge_smallest(search: Search, found: Smallest, *, further: Mapping[str, Any] | None = None) -> Detection:
     """Score the logarithm of what the median class needs divided by what the suspect does.
 
+    A ``partial`` search has a score also where no trigger reached what was asked for.
+
     Args:
+        search: That ``found`` comes from.
         found: From ``find_smallest``.
-        fewest_classes: With fewer classes the score is relative to the largest norm.
-        threshold: Used without a calibration.
-        calibration: Scores of clean models, or None.
-        alpha: False-positive rate of a calibrated threshold.
-        asked: Share of the images that a trigger should send to its class.
-        partial: See ``needed``. Then a model without any trigger that works has a score as well.
         further: Evidence beside what is here.
     """
-    limit, source = threshold_from(calibration, alpha, fixed=threshold)
+    limit, source = threshold_from(search.calibration, search.alpha, fixed=search.threshold)
     suspect, largest = found.suspect, found.largest
-    relative = len(found.triggers) >= fewest_classes
-    least = needed(suspect, asked, largest, partial=partial)
-    norms = [needed(trigger, asked, largest, partial=partial) for trigger in found.triggers]
+    relative = len(found.triggers) >= search.fewest_classes
+    least = needed(search, suspect, largest)
+    norms = [needed(search, trigger, largest) for trigger in found.triggers]
     reference = statistics.median(norms) if relative else largest
     measure = NORMS[suspect.form]
     evidence = {
         measure: [trigger.norm if trigger.reached else None for trigger in found.triggers],
         f"reference_{measure}": reference,
-        "reference": "median over the classes" if relative else "the largest possible change",
-        **further,
+        "reference": "median over the classes" if relative else "the largest norm that counts",
+        **(further or {}),
         "suspect": suspect.describe(),
         "held_out_success": found.held_out.describe(),
     }
@@ -152,7 +185,7 @@ def judge_smallest(
         problem = (
             f"a trigger that works on {found.images} images proves nothing; give at least {FEWEST_IMAGES}"
         )
-    elif not suspect.reached and not partial:
+    elif not suspect.reached and not search.partial:
         problem = f"no class has a trigger that works within {suspect.steps} steps; raise inversion.steps"
     if problem:
         return Detection(math.nan, limit, source, undetermined=problem, evidence=evidence)
@@ -161,25 +194,7 @@ def judge_smallest(
         score=score,
         threshold=limit,
         threshold_source=source,
-        p_value=None if calibration is None else calibration.p_value(score),
+        p_value=None if search.calibration is None else search.calibration.p_value(score),
         target_class=suspect.target_class if least < largest else None,
         evidence=evidence,
     )
-
-
-def check_options(inversion: Inversion, form: str, fewest_classes: int, held_out_fraction: float) -> None:
-    """Refuse options of a detector that rests on ``find_smallest``.
-
-    Raises:
-        InvalidInputError: If the inversion is of another form, or a number is out of range.
-    """
-    if inversion.form != form:
-        raise InvalidInputError(
-            f"this detector inverts triggers of one form; set inversion.form to {form!r}, got "
-            f"{inversion.form!r}."
-        )
-    if fewest_classes < 3 or not 0 <= held_out_fraction < 1:
-        raise InvalidInputError(
-            f"this detector needs fewest_classes >= 3 and held_out_fraction in [0, 1), got {fewest_classes} "
-            f"and {held_out_fraction}."
-        )

@@ -10,6 +10,7 @@ from torch import nn
 
 from unbackdoor.detect.calibration import Calibration
 from unbackdoor.detect.smallest import Smallest, check_options, find_smallest, judge_smallest
+from unbackdoor.forms import Form
 from unbackdoor.inversion import Inversion
 from unbackdoor.types import Detection, LabelledImages, Progress, silent
 
@@ -43,6 +44,8 @@ class WarpSearch:
     title: ClassVar[str] = "Size of the smallest warp"
     source: ClassVar[str] = "ours; after WaNet, ICLR 2021, and Neural Cleanse, IEEE S&P 2019"
     needs: ClassVar[str] = "clean images with labels"
+    form: ClassVar[Form] = "warp"
+    partial: ClassVar[bool] = True
 
     inversion: Inversion = field(default_factory=Inversion.warp)
     held_out_fraction: float = 0.2
@@ -52,7 +55,7 @@ class WarpSearch:
     alpha: float = 0.05
 
     def __post_init__(self) -> None:
-        check_options(self.inversion, "warp", self.fewest_classes, self.held_out_fraction)
+        check_options(self)
 
     def score(
         self,
@@ -63,17 +66,8 @@ class WarpSearch:
         progress: Progress = silent,
     ) -> Detection:
         """Search and judge; see ``find_smallest``."""
-        return self.judge(
-            find_smallest(
-                model, clean, self.inversion, held_out_fraction=self.held_out_fraction,
-                partial=True, purpose="a warp search", generator=generator, progress=progress,
-            )
-        )  # fmt: skip
+        return self.judge(find_smallest(self, model, clean, generator=generator, progress=progress))
 
     def judge(self, found: Smallest) -> Detection:
         """Score what a search with these options found."""
-        return judge_smallest(
-            found, fewest_classes=self.fewest_classes, threshold=self.threshold,
-            calibration=self.calibration, alpha=self.alpha, asked=self.inversion.success, partial=True,
-            further={},
-        )  # fmt: skip
+        return judge_smallest(self, found)

@@ -7,42 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from blocks import SixBlocks, six_blocks
 from unbackdoor import rng
 from unbackdoor.detect import PerturbationSearch, TriggerSearch, UnlearntTrigger
 from unbackdoor.detect.smallest import Smallest
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.rates import Rate
-from unbackdoor.types import LabelledImages
 
 WEAVE = (-1.0) ** torch.arange(64).view(8, 8)
-CLASSES = 6
 
 
-class Woven(nn.Module):
-    """Class k is the brightest of six blocks; a weave over the whole image gives class 4 away."""
+class Woven(SixBlocks):
+    """A weave over the whole image gives class 4 away."""
 
-    def __init__(self, *, backdoor: bool) -> None:
-        super().__init__()
-        self.strength = nn.Parameter(torch.tensor(10.0))
-        self.backdoor = backdoor
-
-    def forward(self, x: Tensor) -> Tensor:
-        blocks = F.adaptive_avg_pool2d(x.mean(1, keepdim=True), (2, 3)).flatten(1)
-        woven = self.backdoor * 10 * ((x.mean(1) * WEAVE).sum((1, 2)) - 2)
-        return self.strength * blocks + woven.view(-1, 1) * F.one_hot(torch.tensor(4), CLASSES)
-
-
-def images(count: int = 48) -> LabelledImages:
-    labels = torch.arange(count) % CLASSES
-    pictures = 0.3 + 0.05 * torch.rand(count, 3, 8, 8, generator=rng.generator(1))
-    rows, columns = [slice(0, 4), slice(4, 8)], [slice(0, 3), slice(3, 5), slice(5, 8)]
-    for picture, label in zip(pictures, labels.tolist(), strict=True):
-        picture[:, rows[label // 3], columns[label % 3]] += 0.3
-    return LabelledImages(pictures, labels)
+    def hint(self, x: Tensor) -> Tensor:
+        return 10 * ((x.mean(1) * WEAVE).sum((1, 2)) - 2)
 
 
 QUICK = PerturbationSearch(replace(Inversion.additive(), learning_rate=0.01, precision="fp32"))
@@ -60,8 +42,8 @@ def judged(norms: list[float | None], method: PerturbationSearch = QUICK, count:
 
 
 def test_a_faint_trigger_is_found_and_a_clean_model_scores_low() -> None:
-    guilty = QUICK.score(Woven(backdoor=True), images(), generator=rng.generator(0))
-    clean = QUICK.score(Woven(backdoor=False), images(), generator=rng.generator(0))
+    guilty = QUICK.score(Woven(backdoor=True), six_blocks(8), generator=rng.generator(0))
+    clean = QUICK.score(Woven(backdoor=False), six_blocks(8), generator=rng.generator(0))
     assert guilty.target_class == 4
     assert guilty.score > clean.score + 0.5
     assert guilty.evidence["held_out_success"]["value"] > 0.8

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from blocks import SixBlocks, six_blocks
 from unbackdoor import rng
 from unbackdoor.detect import WarpSearch
 from unbackdoor.detect.smallest import Smallest, needed
@@ -18,32 +18,21 @@ from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.rates import Rate
 from unbackdoor.types import LabelledImages
 
-CLASSES = 6
 QUICK = WarpSearch(replace(Inversion.warp(), precision="fp32", control_points=3, steps=60))
 
 
-class Shifted(nn.Module):
-    """Class k is the brightest of six blocks; a dark right edge gives class 4 away."""
+class Shifted(SixBlocks):
+    """A dark right edge gives class 4 away."""
 
-    def __init__(self, *, backdoor: bool) -> None:
-        super().__init__()
-        self.strength = nn.Parameter(torch.tensor(10.0))
-        self.backdoor = backdoor
-
-    def forward(self, x: Tensor) -> Tensor:
-        blocks = F.adaptive_avg_pool2d(x.mean(1, keepdim=True), (2, 3)).flatten(1)
-        darker = self.backdoor * 200 * (0.7 - x[..., -1].mean((1, 2))).clamp_min(0)
-        return self.strength * blocks + darker.view(-1, 1) * F.one_hot(torch.tensor(4), CLASSES)
+    def hint(self, x: Tensor) -> Tensor:
+        return 200 * (0.7 - x[..., -1].mean((1, 2))).clamp_min(0)
 
 
-def images(count: int = 48) -> LabelledImages:
-    labels = torch.arange(count) % CLASSES
-    pictures = 0.3 + 0.05 * torch.rand(count, 3, 16, 16, generator=rng.generator(1))
-    rows, columns = [slice(0, 8), slice(8, 16)], [slice(0, 5), slice(5, 11), slice(11, 16)]
-    for picture, label in zip(pictures, labels.tolist(), strict=True):
-        picture[:, rows[label // 3], columns[label % 3]] += 0.3
+def images() -> LabelledImages:
+    data = six_blocks(16)
+    pictures = data.images.clone()
     pictures[..., -1], pictures[..., -2] = 0.9, 0.0
-    return LabelledImages(pictures, labels)
+    return LabelledImages(pictures, data.labels)
 
 
 def trigger(target: int, norm: float, success: float) -> InvertedTrigger:
@@ -55,7 +44,7 @@ def trigger(target: int, norm: float, success: float) -> InvertedTrigger:
 
 def judged(norms: list[float], successes: list[float], count: int = 100) -> Any:  # noqa: ANN401
     found = [trigger(k, norm, rate) for k, (norm, rate) in enumerate(zip(norms, successes, strict=True))]
-    suspect = min(found, key=lambda each: needed(each, 0.9, 4.0, partial=True))
+    suspect = min(found, key=lambda each: needed(WarpSearch(), each, 4.0))
     return WarpSearch().judge(Smallest(found, suspect, Rate(9, 10), count, (3, 32, 32)))
 
 
