@@ -14,7 +14,7 @@ are left out and counted. The models are described in detection_trial.toml and t
 tested but those that it was made from; what it does not hold for is left out and counted:
 
     python benchmarks/detection_trial.py --zoo zoo --sets cifar10 --data cifar10=DIR --out runs/zoo-trial
-    python benchmarks/detection_trial.py --out runs/zoo-trial --tables --calibration FILE
+    python benchmarks/detection_trial.py --out runs/zoo-trial --tables --by-model --calibration FILE
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from unbackdoor.bench.trial_tables import (
     attack_table,
     columns,
     comparable,
+    model_table,
     ratio_table,
     scored,
     summary_table,
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, help="score the models of this folder, train none")
     parser.add_argument("--calibration", type=Path, help="a file that the thresholds come from")
     parser.add_argument("--tables", action="store_true", help="compute nothing, print the tables")
+    parser.add_argument("--by-model", action="store_true", help="with --tables: a row for each model, too")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     store = Store(options.out / "scores.jsonl")
@@ -160,6 +162,9 @@ def _print_tables(options: argparse.Namespace, store: Store) -> None:
     for data in dict.fromkeys(column.data for column in found):
         print(attack_table(found, data), end="\n\n")
     print(ratio_table(models))
+    if options.by_model:
+        for data in dict.fromkeys(column.data for column in found):
+            print("", model_table(models, found, data), sep="\n")
 
 
 if __name__ == "__main__":

@@ -111,12 +111,14 @@ class Outcome:
         verdict: ``clean`` for a single detector means that its threshold is not reached.
         statistic: What AUC ranks; minus infinity where the detector abstained.
         target: The suspected class.
+        p_value: Among the clean models that it was compared with; NaN without any.
     """
 
     model: Scored
     verdict: Verdict
     statistic: float
     target: int | None
+    p_value: float
 
     @property
     def flagged(self) -> bool:
@@ -369,7 +371,7 @@ def _outcome(
 ) -> Outcome:
     scores = _scores(model, parts)
     if not calibration:
-        return Outcome(model, "inconclusive", statistic=-math.inf, target=None)
+        return Outcome(model, "inconclusive", statistic=-math.inf, target=None, p_value=math.nan)
     joint = combine(calibration, scores, rate)
     leading = max(joint.scaled, key=lambda part: joint.scaled[part])
     return Outcome(
@@ -377,6 +379,7 @@ def _outcome(
         _verdict(joint, complete=-math.inf not in scores.values(), alpha=rate, alone=len(parts) == 1),
         statistic=joint.scaled[leading] if len(parts) > 1 else scores[parts[0]],
         target=model.targets.get(leading),
+        p_value=joint.p_value,
     )
 
 
@@ -460,6 +463,38 @@ def attack_table(found: Sequence[Column], data: str) -> str:
     ]
     clean = ["clean", *(counted(_rate(column.of(clean=True), lambda o: o.flagged)) for column in here)]
     return markdown([data, *(column.detector for column in here)], [*rows, clean])
+
+
+def model_table(models: Sequence[Scored], found: Sequence[Column], data: str) -> str:
+    """Return for each model of one data set the scan's verdict, and every detector's score and class.
+
+    Models that thresholds come from have no verdict. A class is right or wrong where the attack has one
+    target; the score of ``mnp`` is 1 minus the ratio of Eq. 8.
+    """
+    here = [model for model in models if model.data == data]
+    detectors = list(dict.fromkeys(name for model in here for name in model.scores))
+    verdicts = {
+        outcome.model.name: [outcome.verdict, f"{outcome.p_value:.3f}"]
+        for column in found
+        if (column.detector, column.data) == (JOINT, data)
+        for outcome in column.outcomes
+    }
+    rows = [
+        [model.name, *verdicts.get(model.name, ["-", "-"]), *(_said(model, name) for name in detectors)]
+        for model in sorted(here, key=lambda each: (each.is_clean, each.name))
+    ]
+    return markdown([data, "verdict", "p", *detectors], rows)
+
+
+def _said(model: Scored, detector: str) -> str:
+    if detector not in model.scores:
+        return "-"
+    score, suspected = model.scores[detector], model.targets.get(detector)
+    if score is None:
+        return "abstained"
+    if suspected is None or model.target is None:
+        return f"{score:.2f}"
+    return f"{score:.2f} ({'right' if suspected == model.target else 'wrong'})"
 
 
 def _caught(column: Column, group: str) -> str:

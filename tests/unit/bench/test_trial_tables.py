@@ -11,6 +11,7 @@ from unbackdoor.bench.trial_tables import (
     columns,
     comparable,
     halves,
+    model_table,
     ratio_table,
     scored,
     summary_table,
@@ -153,6 +154,23 @@ def test_of_a_scan_the_parts_that_a_file_holds_for_are_kept() -> None:
     (kept,), left_out = comparable([scan], calibration_file())
     assert list(kept["detections"]) == list(kept["cell"]["settings"]) == ["collapse", "mnp"]
     assert left_out == {"scored by a detector with other options": 1}
+
+
+def test_each_model_has_a_row_with_the_verdict() -> None:
+    models = scored(trial())
+    lines = model_table(models, columns(models), "d").splitlines()
+    assert lines[0] == "| d | verdict | p | collapse | trigger_search | mnp |"
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines[2:]}
+    # Infected models first; the target is class 3.
+    assert list(rows)[:4] == ["adaptive-magnitude-00", "badnets-00", "badnets-01", "blend-00"]
+    assert rows["badnets-00"] == ["backdoored", "0.048", "0.20 (right)", "3.00 (right)", "0.10 (right)"]
+    assert rows["badnets-01"][2] == "9.00 (wrong)"
+    assert rows["blend-00"][0] == "inconclusive"
+    assert rows["blend-00"][3:] == ["abstained", "abstained"]
+    # Half of the clean models are what the others are compared with, and have no verdict.
+    clean = [row for name, row in rows.items() if name.startswith("clean")]
+    assert sum(row[:2] == ["-", "-"] for row in clean) == 20
+    assert all(row[4] == "0.00" for row in clean)
 
 
 def test_thresholds_may_come_from_a_file() -> None:
