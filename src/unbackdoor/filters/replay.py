@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
@@ -76,7 +76,7 @@ class Replay:
     def record(self) -> Tensor:
         """Run in full, remember what the modules returned, and give the logits ``(N, K)``.
 
-        To be called whenever weights have changed for good.
+        To be called when weights have changed for good; ``keep`` does with less where few of them have.
         """
         self._passes, self._starts, self._shares, used, logits = [], {}, {}, 0, []
         for part in self._parts():
@@ -97,9 +97,7 @@ class Replay:
         """
         if not self._passes:
             return self.record()
-        owners = {name.rpartition(".")[0] for name in changed}
-        # A module that never ran lends its tensors to somebody else, who may have run at any time.
-        start = min((self._starts.get(owner, 0) for owner in owners), default=0)
+        start = self._start(changed)
         if start == 0 or not self._checked.get(start, True):
             return self._run(0)
         logits = self._run(start)
@@ -110,6 +108,45 @@ class Replay:
             self._checked[start] = torch.equal(few, full) or torch.allclose(few, full, atol=1e-5)
             return logits if self._checked[start] else self._run(0)
         return logits
+
+    def keep(self, changed: Sequence[str]) -> None:
+        """Remember the pass of the weights as they are, running from the first layer that changed.
+
+        To be called when what differs from the recorded pass will stay.
+
+        Args:
+            changed: As for ``logits_after``.
+        """
+        start = self._start(changed) if self._passes else 0
+        if start == 0 or not self._checked.get(start, False) or not self._remember(start):
+            self.record()
+
+    def _start(self, changed: Sequence[str]) -> int:
+        """Return when the first module began that uses what changed; 0 if that is not known."""
+        owners = {name.rpartition(".")[0] for name in changed}
+        # A module that never ran lends its tensors to somebody else, who may have run at any time.
+        return min((self._starts.get(owner, 0) for owner in owners), default=0)
+
+    def _remember(self, start: int) -> bool:
+        """Replace what was remembered from ``start`` on; False if modules now run in another order."""
+        with torch.no_grad(), mode(self.model, training=False), partial_pass(self._share(start)):
+            for position, (part, calls) in enumerate(zip(self._parts(), self._passes, strict=True)):
+                before = {name: call for name, call in calls.items() if call.end < start}
+                after = sorted((name for name in calls if name not in before), key=lambda n: calls[n].end)
+                with (
+                    _answering(self.model, {name: call.output for name, call in before.items()}),
+                    _outputs(self.model, after) as seen,
+                ):
+                    self.model(part)
+                if [name for name, *_ in seen] != after:
+                    return False
+                unchanged = ((name, output) for name, output, version in seen if output._version == version)
+                self._passes[position] = {
+                    **before,
+                    **{name: replace(calls[name], output=output) for name, output in unchanged},
+                }
+        self._shares.clear()
+        return True
 
     def _run(self, start: int, parts: int | None = None) -> Tensor:
         """Return the logits of all images, or of the first parts, from ``start`` on."""
@@ -189,6 +226,25 @@ def _observed(model: nn.Module, images: Tensor, *, remember: bool) -> _Observed:
 def _bytes(calls: Mapping[str, _Call]) -> int:
     storages = {call.output.untyped_storage().data_ptr(): call.output for call in calls.values()}
     return sum(output.untyped_storage().nbytes() for output in storages.values())
+
+
+@contextmanager
+def _outputs(model: nn.Module, names: Sequence[str]) -> Iterator[list[tuple[str, Tensor, int]]]:
+    """Collect what the modules named return, with the version of the tensor, in the order of their ends."""
+    seen: list[tuple[str, Tensor, int]] = []
+
+    def leave(name: str, output: Tensor) -> None:
+        seen.append((name, output, output._version))
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda *given, name=name: leave(name, given[-1]))
+        for name in names
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -246,7 +246,7 @@ class _Trial:
     def settle(self, *, keep: bool) -> None:
         """Keep the last removal, or take it back exactly."""
         if keep:
-            self.replay.record()
+            self.replay.keep(tuple(self.undo))
         else:
             for name, (index, value) in self.undo.items():
                 self.tensors[name].detach()[index] = value

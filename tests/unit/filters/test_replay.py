@@ -50,6 +50,23 @@ class TiedEarly(nn.Module):
         return logits
 
 
+class Swapping(nn.Module):
+    """Runs two layers in an order that depends on what the first one returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.left = nn.Conv2d(4, 4, 3, padding=1)
+        self.right = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.right(self.left(x)) if x.mean() > 0 else self.left(self.right(x))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_replay_from_any_layer_gives_the_bits_of_a_full_pass(name: str) -> None:
     model = nets.randomise(NETWORKS[name]())
@@ -66,6 +83,50 @@ def test_a_replay_from_any_layer_gives_the_bits_of_a_full_pass(name: str) -> Non
             for each, value in before.items():
                 tensors[each].detach()[index] = value
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_kept_is_what_a_full_pass_would_have_recorded(name: str) -> None:
+    model = nets.randomise(NETWORKS[name]())
+    replay = Replay(model, IMAGES, batch_size=3)
+    replay.record()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    groups = find_filters(model, IMAGES[:1]).prunable
+    for group in groups[len(groups) // 2 :] + groups[: len(groups) // 2]:
+        changed = cleared_tensors(group, "silence")
+        for each in changed:
+            tensors[each].detach()[0] = 0.0
+        replay.logits_after(changed)
+        replay.keep(changed)
+        last = cleared_tensors(groups[-1], "silence")
+        assert torch.equal(replay.logits_after(last), logits_of(model, IMAGES, batch_size=3))
+
+
+def test_keeping_runs_from_the_changed_layer() -> None:
+    model = nets.randomise(build("resnet18", width=8, num_classes=4))
+    replay = Replay(model, IMAGES)
+    replay.record()
+    replay.logits_after(["layer3.1.conv2.weight"])
+    with metered() as cost:
+        replay.keep(["layer3.1.conv2.weight"])
+    assert "forward fp32" not in cost.kinds
+    assert 0 < cost.kinds["forward fp32 replayed"] < len(IMAGES)
+
+
+def test_keeping_notices_that_modules_run_in_another_order() -> None:
+    model = nets.randomise(Swapping())
+    with torch.no_grad():
+        model.get_parameter("first.weight").zero_()
+    replay = Replay(model, IMAGES)
+    replay.record()
+    replay.logits_after(["right.weight"])  # compared with a full pass now, and not again
+    with torch.no_grad():
+        model.get_parameter("first.bias").fill_(-1.0)
+    replay.logits_after(["first.weight", "first.bias"])
+    replay.keep(["first.weight", "first.bias"])
+    with torch.no_grad():
+        model.get_parameter("right.weight").mul_(2)
+    assert torch.equal(replay.logits_after(["right.weight"]), logits_of(model, IMAGES))
 
 
 def test_work_before_the_changed_layer_is_not_done_again() -> None:
