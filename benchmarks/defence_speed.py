@@ -1,7 +1,11 @@
-"""How far is each purifier from its own forward and backward passes, run bare?
+r"""How far is each purifier from its own forward and backward passes, run bare?
 
     python benchmarks/defence_speed.py --data DIR_WITH_TRAIN_PARQUET --model zoo/badnets --threads 2
-    python benchmarks/defence_speed.py --data DIR_WITH_TRAIN_PARQUET --width 64 --methods clp rnp mnp fp nc
+    python benchmarks/defence_speed.py --data DIR_WITH_TRAIN_PARQUET --width 64 \
+        --methods clp:paper fp:paper,recipe=none rnp:paper mnp
+
+A method may be followed by options; `paper` among them starts from its paper's settings, where each method
+prunes by its own rule.
 
 Prints, for each method, seconds, image passes by kind, what those passes cost when nothing else is done (same
 network, precision and threads, batch 128, timed right before and after), and the ratio. Passes in which parts
@@ -23,13 +27,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor import rng
+from unbackdoor.bench.methods import configured
 from unbackdoor.compute import arrange, autocast, has_fast_bf16, memory_format_for
 from unbackdoor.costs import metered
 from unbackdoor.data import draw_balanced, load_images
 from unbackdoor.models import NormalisedModel, build
 from unbackdoor.models.loading import load_model
 from unbackdoor.models.normalise import PRESETS
-from unbackdoor.purify.registry import PURIFIERS, purifier_named
+from unbackdoor.purify.registry import PURIFIERS
 from unbackdoor.train import Recipe, train
 from unbackdoor.types import LabelledImages
 
@@ -58,8 +63,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name in options.methods:
         before = prices(model, clean)
+        method = configured("purify", *asked(name))
         with metered() as cost:
-            purifier_named(name).purify(model, clean, generator=rng.generator(0))
+            method.purify(model, clean, generator=rng.generator(0))
         after = prices(model, clean)
         unit = {kind: (before[kind] + after[kind]) / 2 for kind in before}
         bare = passes_bare(cost.kinds, unit)
@@ -69,6 +75,13 @@ def main() -> None:
             f"{cost.peak_memory_mb or 0:.0f} | {passes} |",
             flush=True,
         )
+
+
+def asked(text: str) -> tuple[str, bool, dict[str, str]]:
+    """Return the method, whether its paper's settings are meant, and its options."""
+    name, _, rest = text.partition(":")
+    parts = [part for part in rest.split(",") if part]
+    return name, "paper" in parts, dict(part.split("=", 1) for part in parts if part != "paper")
 
 
 def passes_bare(kinds: Mapping[str, int], unit: Mapping[str, float]) -> float:

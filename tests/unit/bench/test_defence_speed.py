@@ -14,3 +14,9 @@ def test_shares_of_passes_are_priced_like_passes() -> None:
     counted = {"forward fp32": 100, "forward fp32 replayed": 20, "backward bf16 weights": 10}
     prices = {"forward fp32": 0.01, "backward bf16 weights": 0.03}
     assert SCRIPT["passes_bare"](counted, prices) == pytest.approx(1.2 + 0.3)
+
+
+def test_a_method_is_asked_for_with_options() -> None:
+    asked = SCRIPT["asked"]
+    assert asked("clp") == ("clp", False, {})
+    assert asked("fp:paper,recipe=none") == ("fp", True, {"recipe": "none"})
