@@ -52,12 +52,15 @@ class Bench:
         train: Where the clean images are drawn from.
         test: What is measured on.
         device: Where networks run.
+        undefended: What models showed before treatment, by their hash and the number of test images: every
+            method starts from the same.
     """
 
     homes: Sequence[Path]
     train: LabelledImages
     test: LabelledImages
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    undefended: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
     def answer(self, cell: Cell, *, progress: Progress = silent) -> Record:
         """Return the record of ``cell``; what the method refuses or fails at is a record too.
@@ -101,7 +104,7 @@ class Bench:
             )
         test, infected = self._tested(cell), suspect.infected
         result = {
-            "before": _rates(suspect.model, infected, test),
+            "before": self._before(cell, suspect, test),
             "after": _rates(purified.model, infected, test),
             "filters_removed": purified.mask.n_removed if purified.mask else None,
             "notes": notes(purified.diagnostics),
@@ -120,6 +123,12 @@ class Bench:
             )
             result["reactivated"] = {name: rate.describe() for name, rate in rates.items()}
         return result
+
+    def _before(self, cell: Cell, suspect: Suspect, test: LabelledImages) -> dict[str, Any]:
+        key = (cell.model_sha256, cell.test_images)
+        if key not in self.undefended:
+            self.undefended[key] = _rates(suspect.model, suspect.infected, test)
+        return self.undefended[key]
 
     def _detect(self, cell: Cell, suspect: Suspect, progress: Progress) -> dict[str, Any]:
         method = configured("detect", cell.method, cell.paper, cell.options)

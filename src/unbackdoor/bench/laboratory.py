@@ -66,13 +66,7 @@ class Laboratory:
         """Answer a cell, or train a model."""
         if isinstance(task, Training):
             return self._train(task)
-        bench = Bench(
-            self.homes,
-            _images(self.data, "train"),
-            _images(self.data, "test"),
-            device=device_named(self.device),
-        )
-        return bench.answer(task)
+        return _bench(self).answer(task)
 
     def _train(self, task: Training) -> Record:
         job = task.job.ready()
@@ -90,6 +84,17 @@ def _trained(task: Training, card: Record | None) -> Record:
         return {"status": "failed", "problem": f"another process trains {task.job.out}; start again later"}
     problems = card.get("validity", {}).get("problems", [])
     return {"metrics": card["metrics"], "problems": problems}
+
+
+@lru_cache(maxsize=2)
+def _bench(laboratory: Laboratory) -> Bench:
+    """Return what tasks of this process share: images, and what was measured of suspects."""
+    return Bench(
+        laboratory.homes,
+        _images(laboratory.data, "train"),
+        _images(laboratory.data, "test"),
+        device=device_named(laboratory.device),
+    )
 
 
 @lru_cache(maxsize=4)

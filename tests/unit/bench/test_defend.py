@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from unbackdoor import rng
 from unbackdoor.attacks import BadNets
@@ -21,7 +22,7 @@ from unbackdoor.bench.saliency import triggered
 from unbackdoor.bench.store import Record, Store
 from unbackdoor.data.splits import draw_balanced
 from unbackdoor.errors import InvalidInputError
-from unbackdoor.evaluate import clean_accuracy
+from unbackdoor.evaluate import BackdoorMetrics, clean_accuracy, evaluate
 from unbackdoor.filters import FilterMask, find_filters
 from unbackdoor.filters.saliency import clean_loss, exact_saliency
 from unbackdoor.filters.select import order
@@ -29,6 +30,7 @@ from unbackdoor.models import build
 from unbackdoor.purify import CLP
 from unbackdoor.testing.subjects import small_data
 from unbackdoor.train import Recipe
+from unbackdoor.types import LabelledImages, LabelRule, Trigger
 
 TRAIN, TEST = small_data(80), small_data(60)
 
@@ -74,6 +76,23 @@ def test_a_record_holds_what_was_asked_measured_and_spent(bench: Bench) -> None:
     assert 0 <= record["reactivated"]["queried_without_trigger"]["value"] <= 1
     json.dumps(record, allow_nan=False)
     assert set(bench.answer(cell(bench, "clean", "clp"))["after"]) == {"clean_accuracy"}
+
+
+def test_a_suspect_is_measured_once_for_all_methods(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[nn.Module] = []
+
+    def counted(
+        model: nn.Module, test: LabelledImages, trigger: Trigger, label_rule: LabelRule
+    ) -> BackdoorMetrics:
+        measured.append(model)
+        return evaluate(model, test, trigger, label_rule)
+
+    monkeypatch.setattr("unbackdoor.bench.defend.evaluate", counted)
+    fresh = Bench(bench.homes, TRAIN, TEST)
+    few = replace(cell(bench, "badnets", "clp"), test_images=40)
+    records = [fresh.answer(asked) for asked in (cell(bench, "badnets", "clp", u="2"), few, few)]
+    assert len(measured) == 3 + 2
+    assert [record["before"]["clean_accuracy"]["n"] for record in records] == [60, 40, 40]
 
 
 def test_a_refusal_is_a_record(bench: Bench) -> None:
