@@ -16,6 +16,9 @@ VERSION = 1
 USUAL_IMAGES = 500
 """Clean images that labels don't mention."""
 
+DIGITS = "digits"
+"""The embedded data set; the name is not taken from where it is read, so that reports need no torch."""
+
 LATER: dict[str, Any] = {"task": "purify", "samples": 0, "method_version": 1, "oracle": False}
 """Fields that came after the first records, with what those meant: equal questions keep their keys."""
 
@@ -87,6 +90,11 @@ def task_label(model: str, method: str, paper: bool, options: Mapping[str, str])
     words += [f"{name}={value}" for name, value in options.items()]
     settings = f" ({', '.join(words)})" if words else ""
     return f"{model} {method}{settings}"
+
+
+def data_argument(data: str) -> str:
+    """Return what stands for a data set in commands that others are shown; theirs lies elsewhere."""
+    return data if data == DIGITS else f"{data.upper()}_FOLDER"
 
 
 def key_of(description: Mapping[str, Any]) -> str:

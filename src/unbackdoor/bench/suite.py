@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.cell import Cell, data_argument
 from unbackdoor.bench.defend import cell_of
 from unbackdoor.bench.laboratory import Training
 from unbackdoor.bench.methods import METHODS, configured
@@ -329,7 +329,11 @@ class Plan:
             "size": self.size,
             "size_text": self.suite.sizes[self.size].text,
             "missing_models": missing,
-            "commands": {name: job.command() for name, job in self.jobs.items()},
+            # A run is shown to others, whose data lie elsewhere.
+            "commands": {
+                name: replace(job, data=data_argument(self.suite.data)).command()
+                for name, job in self.jobs.items()
+            },
             "cells": {
                 key: {
                     "parts": list(parts),

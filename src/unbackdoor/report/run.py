@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unbackdoor.bench.cell import DIGITS, data_argument
 from unbackdoor.bench.store import Record, Store
 from unbackdoor.bench.tables import took
 from unbackdoor.catalogue import dashed
@@ -131,11 +132,12 @@ class Run:
     @property
     def command(self) -> str:
         """What makes the records again."""
-        given, data = self.plan["given"], str(self.plan["data"])
+        given = self.plan["given"]
         words = ["unbackdoor", "bench", given["suite"], "--size", self.plan["size"]]
         for name, usual in USUAL.items():
             words += [] if given[name] == usual else [f"--{name}", given[name]]
-        return shlex.join(words) + ("" if data == "digits" else f" --data {data.upper()}_FOLDER")
+        data = data_argument(str(self.plan["data"]))
+        return shlex.join(words if data == DIGITS else [*words, "--data", data])
 
     def command_for(self, answer: Answer) -> str:
         """What answers one question again."""

@@ -116,7 +116,9 @@ def test_cells_are_the_products_of_the_grids_seed_by_seed(suite: Path) -> None:
     again = [(parts, cell) for parts, cell in cells if "again" in parts]
     assert [parts for parts, _ in again] == [("one", "again")] * 2, "an equal question is asked once"
     assert len(cells) == len(one) + len(scaled)
-    assert json.loads(json.dumps(plan.describe()))["missing_models"] == []
+    described = json.loads(json.dumps(plan.describe()))
+    assert described["missing_models"] == []
+    assert "--data CIFAR10_FOLDER" in described["commands"]["badnets"]
 
 
 def test_each_part_of_a_suite_has_the_default_cells_that_it_shares_with_others() -> None:
