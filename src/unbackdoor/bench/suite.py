@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -126,6 +126,45 @@ class Suite(_Strict):
     sizes: dict[str, Size]
     grid: tuple[Grid, ...]
 
+    def grids_of(self, size: str) -> list[Grid]:
+        """Return the grids of a size."""
+        return [grid for grid in self.grid if not grid.sizes or size in grid.sizes]
+
+    def narrowed(self, size: str, parts: Sequence[str], seeds: Sequence[int]) -> Suite:
+        """Return the suite with some parts and draws of a size alone.
+
+        Args:
+            size: Name of the size.
+            parts: Which parts; all if empty.
+            seeds: Which draws; all if empty.
+
+        Raises:
+            InvalidInputError: If it has no such size, part or draw.
+        """
+        if size not in self.sizes:
+            raise InvalidInputError(
+                f"suite {self.name} has no size {size!r}; it has {', '.join(self.sizes)}."
+            )
+        chosen, grids = self.sizes[size], self.grids_of(size)
+        draws = dict.fromkeys([*chosen.seeds, *(seed for grid in grids for seed in grid.seeds)])
+        _check_known("part", parts, dict.fromkeys(grid.part for grid in grids), self.name)
+        _check_known("draw", seeds, draws, self.name)
+        kept = set(seeds or draws)
+        few = chosen.model_copy(update={"seeds": tuple(seed for seed in chosen.seeds if seed in kept)})
+        grid = (
+            each.model_copy(update={"seeds": tuple(seed for seed in each.seeds if seed in kept)})
+            for each in grids
+            if (not parts or each.part in parts) and (not each.seeds or kept & set(each.seeds))
+        )
+        return self.model_copy(update={"grid": tuple(grid), "sizes": {**self.sizes, size: few}})
+
+
+def _check_known(what: str, asked: Collection[object], known: Collection[object], name: str) -> None:
+    if unknown := [each for each in asked if each not in known]:
+        raise InvalidInputError(
+            f"suite {name} has no {what} {unknown[0]!r}; it has {', '.join(map(repr, known))}."
+        )
+
 
 def suite_names() -> list[str]:
     """Return the suites that come with the package."""
@@ -197,33 +236,50 @@ class Plan:
         places: Where models are.
         jobs: How each model that is needed is trained, by name, clean ones first; clean twins of others are
             needed as well.
+        narrow: The parts and draws that were asked for; all where there are none.
     """
 
     suite: Suite
     size: str
     places: Places
     jobs: Mapping[str, Job]
+    narrow: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
     @staticmethod
-    def of(suite: Suite, size: str, places: Places, data: str) -> Plan:
+    def of(
+        suite: Suite,
+        size: str,
+        places: Places,
+        data: str,
+        *,
+        parts: Sequence[str] = (),
+        seeds: Sequence[int] = (),
+    ) -> Plan:
         """Find out which models are needed and how they are trained.
 
+        Args:
+            suite: The suite.
+            size: Name of its size.
+            places: Where models are.
+            data: The data set, for commands that train.
+            parts: Only these parts of the suite; all if empty.
+            seeds: Only these draws; all if empty.
+
         Raises:
-            InvalidInputError: If there is no such size, or a model is in none of its lists.
+            InvalidInputError: If there is no such size, part or draw, or a model is in none of its lists.
         """
-        if size not in suite.sizes:
-            raise InvalidInputError(
-                f"suite {suite.name} has no size {size!r}; it has {', '.join(suite.sizes)}."
-            )
+        suite = suite.narrowed(size, parts, seeds)
         chosen = suite.sizes[size]
         known: dict[str, Job] = {}
         for name in reversed(chosen.models):
             known |= jobs(_spec(name, places), data, places.models / name)
-        needed = Plan(suite, size, places, known).asked
+        narrow: dict[str, Sequence[object]] = {"part": list(parts), "seeds": list(seeds)}
+        needed = Plan(suite, size, places, known, narrow).asked
         needed |= {twin for name in needed if (twin := _twin_of(known[name], known))}
         # Clean twins first: the others are measured beside them.
         order = sorted(needed, key=lambda name: (known[name].name != CLEAN, list(known).index(name)))
-        return Plan(suite, size, places, {name: _with_twin(known[name], places) for name in order})
+        found = {name: _with_twin(known[name], places) for name in order}
+        return Plan(suite, size, places, found, narrow)
 
     @property
     def asked(self) -> set[str]:
@@ -233,7 +289,7 @@ class Plan:
     @property
     def grids(self) -> list[Grid]:
         """The grids of this size."""
-        return [grid for grid in self.suite.grid if not grid.sizes or self.size in grid.sizes]
+        return self.suite.grids_of(self.size)
 
     def entries(self) -> dict[str, Entry]:
         """Return the models that are there.
@@ -321,13 +377,14 @@ class Plan:
                 "suite": self.suite.source,
                 "zoo": str(self.places.zoo),
                 "models": str(self.places.models),
+                **{name: values for name, values in self.narrow.items() if values},
             },
             "title": self.suite.title,
             "text": self.suite.text,
             "layout": self.suite.layout,
             "data": self.suite.data,
             "size": self.size,
-            "size_text": self.suite.sizes[self.size].text,
+            "size_text": self._size_text(),
             "missing_models": missing,
             # A run is shown to others, whose data lie elsewhere.
             "commands": {
@@ -344,6 +401,11 @@ class Plan:
                 for key, (parts, cell) in self.cells().items()
             },
         }
+
+    def _size_text(self) -> str:
+        words = [f"{name} {', '.join(map(str, values))}" for name, values in self.narrow.items() if values]
+        alone = f" Of this only {' and '.join(words)}." if words else ""
+        return self.suite.sizes[self.size].text + alone
 
     def _name_of(self, parts: Sequence[str], cell: Cell) -> str:
         names = (grid.name_of(cell.options) for grid in self.grids if grid.part in parts)

@@ -27,6 +27,8 @@ def bench(
     address: o.Address = "",
     resource: o.Resources = None,
     device: str = typer.Option("auto", help="cpu, cuda, or auto."),
+    part: list[str] = typer.Option([], help="Only this part of the suite; may be given again."),
+    seeds: list[int] = typer.Option([], help="Only this draw; may be given again."),
     only: list[str] = typer.Option([], help="Only questions whose label fits a pattern, as 'badnets mnp*'."),
     train: bool = typer.Option(True, help="Train models that are missing, or leave their questions open."),
     retry_failed: bool = typer.Option(False, help="Ask again what failed before."),
@@ -46,7 +48,7 @@ def bench(
     named = size or next(iter(chosen.sizes))
     folder = out or Path("runs") / f"{chosen.name}-{named}"
     places = Places(zoo, models or folder.parent / "models")
-    planned = Plan.of(chosen, named, places, data or benching.data_of(chosen))
+    planned = Plan.of(chosen, named, places, data or benching.data_of(chosen), parts=part, seeds=seeds)
     if plan:
         benching.show_plan(planned)
         return

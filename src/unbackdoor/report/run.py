@@ -136,6 +136,8 @@ class Run:
         words = ["unbackdoor", "bench", given["suite"], "--size", self.plan["size"]]
         for name, usual in USUAL.items():
             words += [] if given[name] == usual else [f"--{name}", given[name]]
+        for name in ("part", "seeds"):
+            words += [word for value in given.get(name, ()) for word in (f"--{name}", str(value))]
         data = data_argument(str(self.plan["data"]))
         return shlex.join(words if data == DIGITS else [*words, "--data", data])
 

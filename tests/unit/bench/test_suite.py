@@ -121,6 +121,26 @@ def test_cells_are_the_products_of_the_grids_seed_by_seed(suite: Path) -> None:
     assert "--data CIFAR10_FOLDER" in described["commands"]["badnets"]
 
 
+def test_a_plan_can_be_narrowed_to_parts_and_draws(suite: Path) -> None:
+    read = read_suite(str(suite))
+    whole = Plan.of(read, "small", PLACES, "data")
+    assert Plan.of(read, "small", PLACES, "data", seeds=[0, 1]).cells() == whole.cells()
+    few = Plan.of(read, "small", PLACES, "data", parts=["one"], seeds=[1])
+    assert few.cells().keys() < whole.cells().keys()
+    assert {(parts, cell.seed) for parts, cell in few.cells().values()} == {(("one",), 1)}
+    described = few.describe()
+    assert described["given"]["part"] == ["one"]
+    assert described["given"]["seeds"] == [1]
+    assert described["size_text"] == "Two seeds. Of this only part one and seeds 1."
+    assert {"part", "seeds"}.isdisjoint(whole.describe()["given"])
+    # The grid with seeds of its own has nothing for draw 0.
+    first = Plan.of(read, "small", PLACES, "data", seeds=[0]).cells().values()
+    assert {part for parts, _ in first for part in parts} == {"one", "again"}
+    for narrow, problem in (({"parts": ["two"]}, "no part 'two'"), ({"seeds": [5]}, "no draw 5")):
+        with pytest.raises(InvalidInputError, match=problem):
+            Plan.of(read, "small", PLACES, "data", **narrow)
+
+
 def test_each_part_of_a_suite_has_the_default_cells_that_it_shares_with_others() -> None:
     ten = {"ft", "fp", "anp", "clp", "rnp", "nc", "i_bau", "ft_sam", "fst", "mnp"}
     cells = list(Plan.of(read_suite("sok"), "cpu", PLACES, "data").cells().values())

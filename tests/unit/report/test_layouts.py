@@ -71,12 +71,16 @@ def test_the_grid_sets_the_papers_values_below_and_averages_infected_models_only
 
 
 def test_the_command_that_repeats_a_run_says_what_was_given(tmp_path: Path) -> None:
-    given = {"suite": "my suites/mine.toml", "zoo": "other", "models": "elsewhere/models"}
+    given = {
+        "suite": "my suites/mine.toml", "zoo": "other", "models": "elsewhere/models",
+        "part": ["a b"], "seeds": [0, 2],
+    }  # fmt: skip
     make_run(tmp_path)
     plan = json.loads((tmp_path / "plan.json").read_text())
     (tmp_path / "plan.json").write_text(json.dumps({**plan, "given": given, "data": "digits"}))
     run = read_run(tmp_path)
     command = "unbackdoor bench 'my suites/mine.toml' --size cpu --zoo other --models elsewhere/models"
+    command += " --part 'a b' --seeds 0 --seeds 2"
     assert run.command == command
     assert run.command_for(run.answers[0]) == f"{command} --only 'badnets mnp seed 0'"
 
