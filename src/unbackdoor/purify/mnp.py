@@ -83,8 +83,11 @@ class MNP:
         relearning: How.
         retries: How often relearning on triggers that cost more clean accuracy than the guard allows is tried
             again, each time with half of the stamped share of its batches.
-        restarts: How often triggers of suspicious classes are inverted once more, from other random starts,
-            before anything is removed: one is seldom the attacker's, several cover more of what works.
+        restarts: How often triggers are inverted once more, from other random starts, before anything is
+            removed: one is seldom the attacker's, several cover more of what works.
+        refined: How many classes, from the one with the smallest patch, are inverted so often before any is
+            judged: one start may miss the small patch that a class has. Other forms, which start at nearly
+            nothing, and further suspects are inverted so often once they are suspicious.
         rounds: How often at most the survivors relearn in each way. Between rounds, triggers of the
             suspicious classes are inverted anew: what one trigger taught may leave others that work as well.
             It ends when none of these is suspicious by the norms of the first inversion.
@@ -134,6 +137,7 @@ class MNP:
     relearning: Relearning = field(default_factory=Relearning)
     retries: int = 2
     restarts: int = 3
+    refined: int = 2
     rounds: int = 4
     act_on: Literal["flagged", "smallest"] = "flagged"
     suppression: Suppression = field(default_factory=Suppression)
@@ -179,10 +183,10 @@ class MNP:
             )
         if not 0 <= self.held_out_fraction < 1:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
-        if self.rounds < 1 or min(self.restarts, self.retries) < 0:
+        if self.rounds < 1 or min(self.restarts, self.refined, self.retries) < 0:
             raise InvalidInputError(
-                f"rounds must be at least 1, restarts and retries 0; got {self.rounds}, {self.restarts} and "
-                f"{self.retries}."
+                f"rounds must be at least 1, restarts, refined and retries 0; got {self.rounds}, "
+                f"{self.restarts}, {self.refined} and {self.retries}."
             )
         if self.count < 0:
             raise InvalidInputError(f"count must be at least 0, got {self.count}.")
@@ -337,9 +341,10 @@ class _Run:
         method, model = self.method, self.pruned()
         options: Inversion = getattr(method, way)
         share = method.warp_share if way == "warp" else method.outlier_share
+        refined = method.refined if options.form == "patch" else 0
         triggers, found = suspects(
             model, self.learning, options, threshold=method.anomaly_threshold,
-            largest_share=share, fewest=method.fewest_classes,
+            largest_share=share, fewest=method.fewest_classes, refined=refined, restarts=method.restarts,
             unreached=_unreached(options, self.learning), smallest=method.act_on == "smallest",
             generator=rng.spawn(generator), progress=self.progress,
         )  # fmt: skip
@@ -347,7 +352,9 @@ class _Run:
         if not triggers:
             return None
         limit = max(share * (found["median"] or 0.0), *(trigger.norm for trigger in triggers))
-        again = [trigger.target_class for trigger in triggers for _ in range(method.restarts)]
+        restarted = {described["target_class"] for described in found.get("inverted_anew", ())}
+        classes = {trigger.target_class for trigger in triggers} - restarted
+        again = [target for target in sorted(classes) for _ in range(method.restarts)]
         others = self._inverted(way, model, again, limit, found, generator) if again else []
         triggers = [*triggers, *others]
         shown, held = (stamped(data, triggers) for data in (self.learning, self.guarding))
@@ -405,7 +412,8 @@ class _Run:
             model, self.learning, getattr(self.method, way), generator=rng.spawn(generator),
             classes=classes, progress=self.progress,
         )  # fmt: skip
-        log["inverted_anew"] = [trigger.describe() for trigger in triggers]
+        described = [trigger.describe() for trigger in triggers]
+        log["inverted_anew"] = [*log.get("inverted_anew", ()), *described]
         return [trigger for trigger in triggers if trigger.reached and trigger.norm <= limit]
 
     def _remove(self, way: Way, exposure: _Exposure) -> float:

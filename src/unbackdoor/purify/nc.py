@@ -218,10 +218,16 @@ def suspects(
     smallest: bool,
     largest_share: float = 1.0,
     unreached: float = math.nan,
+    refined: int = 0,
+    restarts: int = 0,
     generator: torch.Generator,
     progress: Progress = silent,
 ) -> tuple[list[InvertedTrigger], dict[str, Any]]:
     """Invert all triggers and return those to act on, with JSON values that say why.
+
+    One start may miss the small trigger that a class has. Those with the smallest are therefore inverted
+    from ``restarts`` further ones before they are judged by their best. The median that they are compared
+    with hangs on other classes.
 
     Args:
         model: Left untouched.
@@ -232,10 +238,24 @@ def suspects(
         smallest: Act on the smallest mask that works if nothing is flagged.
         largest_share: Flagged classes also need a norm of at most this share of the median.
         unreached: The norm that classes without a trigger that works count as; NaN leaves them out.
+        refined: How many classes, from the smallest trigger, get further starts.
+        restarts: How many each.
         generator: All randomness follows it.
         progress: Called after each round.
+
+    Returns:
+        The best trigger of each class to act on, and the other ones of it that work and are no larger than
+        what makes a class suspicious.
     """
-    triggers = invert_all(model, clean, inversion, generator=generator, progress=progress)
+    first = invert_all(model, clean, inversion, generator=generator, progress=progress)
+    ranked = sorted(first, key=lambda trigger: (not trigger.reached, trigger.norm))
+    again = [trigger.target_class for trigger in ranked[:refined] for _ in range(restarts)]
+    more = (
+        invert_all(model, clean, inversion, classes=again, generator=generator, progress=progress)
+        if again
+        else ()
+    )
+    triggers = [_best((one, *(t for t in more if t.target_class == one.target_class))) for one in first]
     indices, flagged = flagged_classes(
         triggers, threshold, fewest=fewest, largest_share=largest_share, unreached=unreached
     )
@@ -248,7 +268,24 @@ def suspects(
         "flagged": flagged,
         "acted_on": chosen,
     }
-    return [trigger for trigger in triggers if trigger.target_class in chosen], found
+    if more:
+        found["inverted_anew"] = [trigger.describe() for trigger in more]
+    acted = [trigger for trigger in triggers if trigger.target_class in chosen]
+    limit = max(largest_share * middle, *(trigger.norm for trigger in acted)) if acted else math.nan
+    others = [
+        trigger
+        for trigger in (*first, *more)
+        if trigger.target_class in chosen
+        and trigger.reached
+        and trigger.norm <= limit
+        and all(trigger is not each for each in acted)
+    ]
+    return [*acted, *others], found
+
+
+def _best(triggers: Sequence[InvertedTrigger]) -> InvertedTrigger:
+    """Return the smallest trigger that works, or else the first."""
+    return min(triggers, key=lambda trigger: trigger.norm if trigger.reached else math.inf)
 
 
 def flagged_classes(

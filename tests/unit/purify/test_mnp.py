@@ -254,14 +254,33 @@ def test_survivors_relearn_until_no_small_trigger_is_left() -> None:
 def test_a_suspicious_class_is_inverted_from_several_starts() -> None:
     found = {}
     for restarts in (0, 2):
-        diagnostics = purify(replace(INVERTING, restarts=restarts, exposures=("inversion",))).diagnostics
-        found[restarts] = diagnostics["inversion"]
+        method = replace(INVERTING, restarts=restarts, refined=0, exposures=("inversion",))
+        found[restarts] = purify(method).diagnostics["inversion"]
     assert "inverted_anew" not in found[0]
     assert found[0]["triggers"] == found[2]["triggers"]
     (target,) = found[2]["acted_on"]
     assert [trigger["target_class"] for trigger in found[2]["inverted_anew"]] == [target, target]
     one, other = (trigger["l1_pixels"] for trigger in found[2]["inverted_anew"])
     assert one != other
+
+
+def test_the_classes_with_the_smallest_patches_are_inverted_again_before_they_are_judged() -> None:
+    plain, judged = (
+        purify(replace(INVERTING, restarts=2, refined=refined)).diagnostics["inversion"] for refined in (0, 2)
+    )
+    first = {trigger["target_class"]: trigger["l1_pixels"] for trigger in plain["triggers"]}
+    best = {trigger["target_class"]: trigger["l1_pixels"] for trigger in judged["triggers"]}
+    again = [trigger["target_class"] for trigger in judged["inverted_anew"]]
+    smallest = sorted(first, key=lambda k: first[k])[:2]
+    assert again == [smallest[0]] * 2 + [smallest[1]] * 2
+    for target, norm in best.items():
+        starts = [t["l1_pixels"] for t in judged["inverted_anew"] if t["target_class"] == target]
+        assert norm == min(first[target], *starts) if starts else norm == first[target]
+    # Faint changes start at nothing: only suspects get further starts.
+    additive = replace(Inversion.additive(), learning_rate=0.05, success=0.5)
+    method = replace(INVERTING, exposures=("perturbation",), perturbation=additive, restarts=1)
+    faint = purify(method).diagnostics["perturbation"]
+    assert [t["target_class"] for t in faint["inverted_anew"]] == faint["acted_on"]
 
 
 def test_what_rounds_of_relearning_leave_is_not_settled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,9 +353,9 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
         ({"exposures": ()}, "exposures must name"),
         ({"exposures": ("magic",)}, "exposures must name"),
         ({"outlier_share": 0.0}, "outlier_share and warp_share must lie"),
-        ({"restarts": -1}, "restarts and retries 0; got 4, -1 and 2"),
+        ({"restarts": -1}, "restarts, refined and retries 0; got 4, -1, 2 and 2"),
         ({"rounds": 0}, "rounds must be at least 1"),
-        ({"retries": -1}, "restarts and retries 0"),
+        ({"retries": -1}, "refined and retries 0"),
         ({"warp_share": 0.0}, "outlier_share and warp_share"),
         ({"relearns": "sometimes"}, "relearns must be"),
         ({"stages": ("suppress",)}, "stages must name 'penalise' or 'preserve'"),
