@@ -20,6 +20,9 @@ from unbackdoor.types import Progress
 NAMES = ("filter", "step")
 """Numbers in the steps of a method that only say which one it was."""
 
+FEW = 5
+"""Longer lists of names or classes are no notes."""
+
 LONGEST_SERIES = 200
 """Longer courses are thinned out before they are recorded."""
 
@@ -51,18 +54,29 @@ def notes(diagnostics: Mapping[str, Any]) -> dict[str, Any]:
     """Keep what tells one decision of a method from another, and leave its long lists out.
 
     Args:
-        diagnostics: JSON values; a list of a single step is no course, so its values are noted by their path.
+        diagnostics: JSON values; what a part of it says in short is noted by its path, and so is a list of a
+            single step, which is no course.
     """
     short = (str, int, float, bool, type(None))
     found = {name: value for name, value in diagnostics.items() if name != "options"}
-    for name, value in diagnostics.items():
-        if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], Mapping):
-            found |= {f"{name}.{inner}": each for inner, each in value[0].items()}
+    for name, value in list(found.items()):
+        parts = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+        if isinstance(parts, Mapping):
+            found |= {f"{name}.{inner}": _few(each) for inner, each in parts.items()}
     return {
         name: value if not isinstance(value, float) or math.isfinite(value) else None
         for name, value in found.items()
         if isinstance(value, short)
     }
+
+
+def _few(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """Return a short list of names or classes as a text, anything else as it is."""
+    if not isinstance(value, (list, tuple)) or len(value) > FEW:
+        return value
+    if not all(isinstance(each, (str, int)) for each in value):
+        return value
+    return ", ".join(map(str, value)) or "none"
 
 
 def series(diagnostics: Mapping[str, Any]) -> dict[str, list[float | None]]:

@@ -59,3 +59,10 @@ def test_notes_keep_what_is_short_and_the_only_step_of_a_log() -> None:
         "relearning.taken": True,
         "relearning.accuracy": None,
     }
+
+
+def test_notes_say_which_classes_a_part_of_a_method_acted_on() -> None:
+    inversion = {"acted_on": [3], "flagged": [], "median": 61.5, "norms": [1.0, 2.0], "order": [*range(9)]}
+    assert recording.notes({"inversion": inversion}) == {
+        "inversion.acted_on": "3", "inversion.flagged": "none", "inversion.median": 61.5
+    }  # fmt: skip
