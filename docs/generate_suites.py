@@ -80,7 +80,8 @@ def _grid(grid: Grid) -> str:
     methods = ", ".join("all purifiers" if name == "*" else dashed(name) for name in grid.methods)
     words = [f"{methods} on {', '.join(grid.models)}"]
     words += ["settings of the papers"] if grid.paper else []
-    words += [f"{len(grid.options)} variants"] if len(grid.options) > 1 or grid.options[0] else []
+    plural = "s" if len(grid.options) > 1 else ""
+    words += [f"{len(grid.options)} variant{plural}"] if plural or grid.options[0] else []
     words += ["options halved and doubled"] if grid.scale else []
     words += [f"{', '.join(map(str, grid.clean_images))} clean images"] if grid.clean_images != (500,) else []
     words += ["oracle curves"] if grid.oracle else []

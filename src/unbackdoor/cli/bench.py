@@ -31,6 +31,10 @@ def bench(
     seeds: list[int] = typer.Option([], help="Only this draw; may be given again."),
     only: list[str] = typer.Option([], help="Only questions whose label fits a pattern, as 'badnets mnp*'."),
     train: bool = typer.Option(True, help="Train models that are missing, or leave their questions open."),
+    reuse: list[Path] = typer.Option(
+        [],
+        help="Folder of another run: its answers to the same questions are taken over; may be given again.",
+    ),
     retry_failed: bool = typer.Option(False, help="Ask again what failed before."),
     plan: bool = typer.Option(False, "--plan", help="Say what would be done, and leave."),
 ) -> None:
@@ -50,7 +54,7 @@ def bench(
     places = Places(zoo, models or folder.parent / "models")
     planned = Plan.of(chosen, named, places, data or benching.data_of(chosen), parts=part, seeds=seeds)
     if plan:
-        benching.show_plan(planned)
+        benching.show_plan(planned, only)
         return
     complete = benching.carry_out(
         planned,
@@ -62,6 +66,7 @@ def bench(
         data=data,
         device=device,
         only=only,
+        reuse=reuse,
         train=train,
         retry=retry_failed,
     )

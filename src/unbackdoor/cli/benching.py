@@ -53,11 +53,11 @@ def list_suites() -> None:
     console.print_table(table, whole=True)
 
 
-def show_plan(plan: Plan) -> None:
-    """Print which models and how many questions a run has."""
+def show_plan(plan: Plan, only: Sequence[str] = ()) -> None:
+    """Print which models and how many questions a run has; with ``only``, of the questions that fit."""
     out = console.results
-    trainings = plan.trainings()
-    cells = plan.cells()
+    trainings = plan.trainings(plan.models_of(lambda label: _fits(label, only)) if only else None)
+    cells = [cell for _, cell in plan.cells().values() if not only or _fits(cell.label, only)]
     out.print(f"{plan.suite.title} ({plan.size}: {plan.suite.sizes[plan.size].text})", markup=False)
     out.print(f"{len(plan.jobs)} models, {len(trainings)} of them to be trained", markup=False)
     for training in trainings:
@@ -77,6 +77,7 @@ def carry_out(
     data: str,
     device: str,
     only: Sequence[str],
+    reuse: Sequence[Path],
     train: bool,
     retry: bool,
 ) -> bool:
@@ -99,6 +100,9 @@ def carry_out(
             f"{next((c.label for _, c in plan.cells().values()), 'badnets mnp seed 0')!r}."
         )
     _keep_plan(plan, folder, fingerprint)
+    for other in reuse:
+        taken = take_over(plan, store, other, fingerprint)
+        console.note(f"{taken} answers taken over from {other}")
     if train and (trainings := plan.trainings(models)):
         # In two goes, so that the clean twins are there when the others are measured beside them.
         clean = [training for training in trainings if training.job.name == CLEAN]
@@ -119,6 +123,40 @@ def carry_out(
         f"{tally.ended} of {len(cells)} questions answered, {failed} of them with a failure: {store.path}"
     )
     return tally.ended == len(cells) and not failed and not absent
+
+
+def take_over(plan: Plan, store: Store, other: Path, fingerprint: str) -> int:
+    """Copy the answers of another run that answer questions of this one; return how many.
+
+    What failed there is asked again.
+
+    Args:
+        plan: Of this run.
+        store: Of this run.
+        other: Folder of the other run; without a plan, whose data nobody knows, it is refused.
+        fingerprint: Of this run's data.
+
+    Raises:
+        InvalidInputError: If the folder holds no run, or one on other data.
+    """
+    try:
+        theirs = json.loads((other / PLAN).read_text(encoding="utf-8"))["data_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(
+            f"{other} holds no run whose answers could be taken over ({PLAN} cannot be read); give the "
+            "folder that `unbackdoor bench --out` wrote."
+        ) from error
+    if theirs != fingerprint:
+        raise InvalidInputError(
+            f"{other} holds answers on other data than those of --data; leave it out of --reuse."
+        )
+    there = store.records()
+    found = Store(other / RECORDS).records()
+    taken = [key for key in plan.cells() if key in found and key not in there]
+    taken = [key for key in taken if found[key]["status"] != "failed"]
+    for key in taken:
+        store.add(found[key])
+    return len(taken)
 
 
 def _checked_data(suite: Suite, data: str) -> tuple[str, str]:

@@ -15,7 +15,8 @@ from unbackdoor.errors import InvalidInputError
 ROOT = Path(__file__).parents[3]
 PLACES = Places(ROOT / "zoo", Path("models"))
 WANTED = [
-    *("ablations", "fig1", "fig3", "fig4", "runtime", "smoke", "sok", "table1", "table2", "table3", "table4"),
+    *("ablations", "defences", "fig1", "fig3", "fig4", "runtime", "smoke", "sok"),
+    *("table1", "table2", "table3", "table4"),
 ]
 
 SUITE = """
@@ -239,7 +240,7 @@ def test_questions_of_one_suite_have_labels_of_their_own() -> None:
 
 
 def test_unknown_names_are_refused(suite: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="unknown suite 'table9'; known are ablations, fig1"):
+    with pytest.raises(InvalidInputError, match="unknown suite 'table9'; known are ablations, defences"):
         read_suite("table9")
     with pytest.raises(InvalidInputError, match="cannot be read as a suite"):
         read_suite(str(tmp_path / "none.toml"))

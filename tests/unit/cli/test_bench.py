@@ -56,7 +56,7 @@ def test_a_suite_trains_what_is_missing_answers_and_goes_on_where_it_was(
     run: Run, suite: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "runs" / "mine"
-    planned = run("bench", suite, "--out", out, "--plan")
+    planned = run("bench", suite, "--out", out, "--plan", "--only", "clean clp*")
     assert planned.code == 0
     assert "1 models, 1 of them to be trained" in planned.out
     assert "unbackdoor attack none" in planned.out
@@ -82,6 +82,31 @@ def test_a_suite_trains_what_is_missing_answers_and_goes_on_where_it_was(
     assert run("tables", out, "--format", "csv", "--out", tmp_path / "elsewhere").out.startswith(
         "model,source,"
     )
+
+
+def test_answers_of_another_run_to_the_same_questions_are_taken_over(
+    run: Run, suite: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "runs" / "first", tmp_path / "runs" / "second"
+    assert run("bench", suite, "--out", first, "--only", "clean clp*").code == 0
+    again = run("bench", suite, "--out", second, "--reuse", first)
+    assert again.code == 0, again.err
+    assert f"1 answers taken over from {first}" in "".join(again.err.split("\n"))
+    assert "1 of 2 questions were there already" in again.err
+    # What failed is asked again, and nothing is taken twice.
+    lines = (first / "records.jsonl").read_text().splitlines()
+    failed = [json.dumps({**json.loads(line), "status": "failed"}) for line in lines]
+    (first / "records.jsonl").write_text("\n".join(failed) + "\n")
+    assert "0 answers taken over" in run("bench", suite, "--out", second, "--reuse", first).err
+    third = tmp_path / "runs" / "third"
+    asked = run("bench", suite, "--out", third, "--reuse", first, "--only", "clean bnp*").err
+    assert "0 answers taken over" in asked
+    plan = json.loads((first / "plan.json").read_text())
+    (first / "plan.json").write_text(json.dumps({**plan, "data_sha256": "0"}))
+    for folder, sentence in ((first, "answers on other data"), (tmp_path, "holds no run")):
+        refused = run("bench", suite, "--out", third, "--reuse", folder)
+        assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+        assert sentence in refused.err
 
 
 def test_suites_are_listed(run: Run) -> None:

@@ -18,7 +18,7 @@ from unbackdoor.report.layouts.suites import LAYOUTS, figures_of, tables_of
 from unbackdoor.report.run import Run, read_run
 from unbackdoor.report.tables import Table, comma_separated, shown
 
-from .runs import cell, detected, make_run, purified, write
+from .runs import cell, detected, make_run, purified, rate, write
 
 Records = list[tuple[str, dict[str, Any]]]
 NOT_VALID = {"valid": False}
@@ -382,6 +382,27 @@ def test_what_the_review_asks_for_has_its_tables(tmp_path: Path) -> None:
     assert rows(tables["clean-images-infected"])["ft",][0] == "70.00 / 50.00"
     assert rows(tables["clean-images-clean"])["ft",][0] == "75.00 / -"
     assert {"architectures", "stability", "stability-options"} <= set(tables)
+
+
+def test_defences_have_rates_and_averages_of_each_part_and_what_wakes_backdoors(tmp_path: Path) -> None:
+    awake = {"retuned_success": rate(0.9), "queried_success": rate(0.3), "queried_without_trigger": rate(0.2)}
+    asleep = cell("badnets", "ft", reactivate=True)
+    records: Records = [
+        ("ten attacks", purified(cell("badnets", "ft"), ca=0.80, asr=0.5)),
+        ("ten attacks", purified(cell("badnets", "mnp"), ca=0.85, asr=0.1)),
+        ("ten attacks", purified(cell("clean", "mnp"), ca=0.85, asr=None)),
+        ("asleep", purified(asleep, ca=0.80, asr=0.5, reactivated=awake)),
+        ("asleep", {"cell": {**asleep, "method": "mnp"}, "status": "missing"}),
+    ]
+    run = run_of(tmp_path, "defences", records)
+    tables = {table.name: table for table in tables_of(run)}
+    assert list(tables) == ["ten-attacks-summary", "ten-attacks", "asleep"]
+    assert rows(tables["ten-attacks"])["mnp",][:2] == ["85.00 / 10.00 / 90.00", "85.00 / - / -"]
+    assert [row[1].best for row in tables["ten-attacks"].rows] == [False, False, True]
+    assert rows(tables["ten-attacks-summary"])["mnp",][:5] == ["1", "10.00", "10.00", "90.00", "1.00"]
+    assert rows(tables["asleep"])["ft",] == ["50.00 / 90.00 / 30.00 / 20.00"] * 2
+    assert rows(tables["asleep"])["mnp",] == ["-", "-"]
+    assert [figure.name for figure in figures_of(run)] == ["trade-off"]
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "nobody's"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 from unbackdoor.bench.tables import summaries
 from unbackdoor.report.layouts.common import (
     COSTS,
     NAN,
     RATES,
+    average,
     costs,
     draws,
     effect,
@@ -70,9 +72,15 @@ def summary_table(run: Run, answers: Sequence[Answer], *, name: str, title: str)
 
 
 def effect_table(
-    run: Run, answers: Sequence[Answer], *, name: str, title: str, column: str = "model"
+    run: Run,
+    answers: Sequence[Answer],
+    *,
+    name: str,
+    title: str,
+    column: str = "model",
+    rates: Sequence[str] = RATES,
 ) -> Table:
-    """Return a row a method: CA / ASR for each value of a property, and the price.
+    """Return a row a method: rates for each value of a property, and the price.
 
     Args:
         run: The run.
@@ -80,6 +88,7 @@ def effect_table(
         name: Of the table.
         title: Of the table.
         column: ``model``, or a field of the cells.
+        rates: Which; the lowest of the second is marked.
     """
 
     def where(answer: Answer) -> object:
@@ -89,12 +98,12 @@ def effect_table(
     by_place = grouped(answers, where)
     places = list(by_place)
     titles = [title_of_model(by_place[p]) if column == "model" else str(p) for p in places]
-    before = [effect([a for a in answers if where(a) == p and a.ok][:1], "before") for p in places]
+    before = [effect([a for a in answers if where(a) == p and a.ok][:1], "before", rates) for p in places]
     rows: list[tuple[Entry, ...]] = []
     if column == "model":
         rows.append((text("no defence"), *before, Entry(), Entry()))
     found = [
-        (label, [effect([a for a in group if where(a) == place]) for place in places], costs(group))
+        (label, [effect([a for a in group if where(a) == p], rates=rates) for p in places], costs(group))
         for label, group in grouped(answers, lambda answer: answer.label).items()
     ]
     marks = []
@@ -107,8 +116,8 @@ def effect_table(
         rows.append((text(label), *entries, *price))
     return Table(
         name=name,
-        title=f"{title} (CA / ASR)",
-        columns=(Column("method"), *(Column(title, RATES) for title in titles), *COSTS),
+        title=f"{title} ({' / '.join(rates)})",
+        columns=(Column("method"), *(Column(title, tuple(rates)) for title in titles), *COSTS),
         rows=tuple(rows),
         notes=(draws(run, answers), *share_done(run, answers)),
         command=run.command,
@@ -289,3 +298,58 @@ def sok_tables(run: Run) -> list[Table]:
             )
         )
     return [*(table for table in tables if table.rows), *stability_tables(run, run.of("options"))]
+
+
+AWAKE = ("retuned_success", "queried_success", "queried_without_trigger")
+
+
+def asleep_table(run: Run, answers: Sequence[Answer]) -> Table:
+    """Return a row a method: ASR left, and what wakes the backdoor again, on each model and on average."""
+    by_model = grouped(answers, lambda answer: answer.model)
+    columns = [Column("method")]
+    for group in by_model.values():
+        columns.append(Column(title_of_model(group), ("ASR", "retuned", "query", "change alone")))
+    columns.append(Column("mean", columns[-1].parts))
+    rows: list[tuple[Entry, ...]] = []
+    for label, group in grouped(answers, lambda answer: answer.label).items():
+        entries = [_awake(only(group, model=model)) for model in by_model]
+        took = all(answer.took for answer in group)
+        rows.append((text(label), *entries, average(entries) if took else Entry()))
+    rows.sort(key=lambda row: row[-1].values[1:2] or (float("inf"),))
+    return Table(
+        name="asleep",
+        title="What wakes a backdoor again",
+        columns=tuple(columns),
+        rows=tuple(rows),
+        notes=(
+            "ASR left; RA-ASR after fine-tuning on 500 images with five poisoned ones among them; RA-ASR with "
+            "one small change on top of all triggered images, found by queries; and what a change found in the "
+            "same way does without the trigger: only what is above it speaks of a backdoor.",
+            draws(run, answers),
+            *share_done(run, answers),
+        ),
+        command=run.command,
+    )
+
+
+def _awake(answers: Sequence[Answer]) -> Entry:
+    found = effect(answers, rates=("ASR",))
+    if not found.values:
+        return found
+    again = (mean(a.rate(name, "reactivated") for a in answers if a.ok) for name in AWAKE)
+    return replace(found, values=(*found.values, *again))
+
+
+def defence_tables(run: Run) -> list[Table]:
+    """Return the tables of the suite ``defences``: rates and averages by part, and what wakes backdoors."""
+    tables = []
+    for part in run.parts():
+        answers = run.of(part)
+        if any(answer.cell.get("reactivate") for answer in answers):
+            tables.append(asleep_table(run, answers))
+            continue
+        name, title = part.replace(" ", "-") or "all", WORDS.get(part, part or "all models").capitalize()
+        rates = ("CA", "ASR", "RA")
+        tables.append(summary_table(run, answers, name=f"{name}-summary", title=f"{title}: averages"))
+        tables.append(effect_table(run, answers, name=name, title=title, rates=rates))
+    return tables

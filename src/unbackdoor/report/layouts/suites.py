@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unbackdoor.report.figures import Drawing, filter_clouds, sweep, trade_off
-from unbackdoor.report.layouts.defences import cost_table, sok_tables, summary_table
+from unbackdoor.report.layouts.defences import cost_table, defence_tables, sok_tables, summary_table
 from unbackdoor.report.layouts.detection import detection_tables
 from unbackdoor.report.layouts.filters import clouds, filter_table
 from unbackdoor.report.layouts.grid import grid_tables
@@ -23,6 +23,7 @@ LAYOUTS = (
     "runtime",
     "ablations",
     "sok",
+    "defences",
     "smoke",
 )
 
@@ -50,6 +51,8 @@ def tables_of(run: Run) -> list[Table]:
         return [cost_table(run, run.answers)]
     if layout == "sok":
         return sok_tables(run)
+    if layout == "defences":
+        return defence_tables(run)
     return _everything(run)
 
 
@@ -60,7 +63,8 @@ def _everything(run: Run) -> list[Table]:
 
 
 def _summary(run: Run) -> Table:
-    answers = [answer for answer in run.answers if answer.task == "purify"]
+    # What was measured for waking backdoors is, but for that, the same again.
+    answers = [a for a in run.answers if a.task == "purify" and not a.cell.get("reactivate")]
     return summary_table(run, answers, name="summary", title="Methods over all models")
 
 
@@ -76,7 +80,7 @@ def figures_of(run: Run) -> list[Drawing]:
         for path, name in (("lambda1", "lambda"), ("suppression.mu", "mu")):
             if course := lines(run.answers, over_option(path)):
                 drawings.append(sweep(f"fig4-{name}", f"MNP over {name}", name, course))
-    if layout in ("table1", "table2", "ablations", "smoke", "") and any(
+    if layout in ("table1", "table2", "ablations", "defences", "smoke", "") and any(
         a.task == "purify" and a.ok and a.attack for a in run.answers
     ):
         drawings.append(trade_off(_summary(run)))
