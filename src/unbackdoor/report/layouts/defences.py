@@ -322,9 +322,9 @@ def asleep_table(run: Run, answers: Sequence[Answer]) -> Table:
         columns=tuple(columns),
         rows=tuple(rows),
         notes=(
-            "ASR left; RA-ASR after fine-tuning on 500 images with five poisoned ones among them; RA-ASR with "
-            "one small change on top of all triggered images, found by queries; and what a change found in the "
-            "same way does without the trigger: only what is above it speaks of a backdoor.",
+            "ASR left; RA-ASR after fine-tuning on 500 images with five poisoned ones among them; RA-ASR "
+            "with one small change on top of all triggered images, found by queries; and what a change found "
+            "in the same way does without the trigger: only what is above it speaks of a backdoor.",
             draws(run, answers),
             *share_done(run, answers),
         ),
