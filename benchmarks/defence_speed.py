@@ -8,8 +8,8 @@ A method may be followed by options; `paper` among them starts from its paper's 
 prunes by its own rule.
 
 Prints, for each method, seconds, image passes by kind, what those passes cost when nothing else is done (same
-network, precision and threads, batch 128, timed right before and after), and the ratio. Passes in which parts
-of the network answered from memory ("replayed") are counted, and priced, as the share of full ones that they
+network, precision and threads, batch 128, timed right before and after), and the ratio; then what they would
+cost in fp32, and how many times as fast the method was. Passes in which parts of the network answered from memory ("replayed") are counted, and priced, as the share of full ones that they
 computed. Without `--model` the network is trained on the clean images for a few epochs: decisions differ,
 passes cost the same.
 """
@@ -59,8 +59,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     clean = draw_balanced(load_images(options.data, split="train"), options.images, rng.generator(0))
     model = network(options, clean)
-    print("| method | seconds | passes bare, s | ratio | peak MiB | image passes |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| method | seconds | passes bare, s | ratio | bare in fp32, s | times as fast | peak MiB | image passes |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name in options.methods:
         before = prices(model, clean)
         method = configured("purify", *asked(name))
@@ -68,11 +70,11 @@ def main() -> None:
             method.purify(model, clean, generator=rng.generator(0))
         after = prices(model, clean)
         unit = {kind: (before[kind] + after[kind]) / 2 for kind in before}
-        bare = passes_bare(cost.kinds, unit)
+        bare, single = passes_bare(cost.kinds, unit), passes_bare(in_fp32(cost.kinds), unit)
         passes = ", ".join(f"{count} {kind}" for kind, count in sorted(cost.kinds.items()))
         print(
             f"| {name} | {cost.seconds:.1f} | {bare:.1f} | {cost.seconds / bare if bare else 0:.2f} | "
-            f"{cost.peak_memory_mb or 0:.0f} | {passes} |",
+            f"{single:.1f} | {single / cost.seconds:.2f} | {cost.peak_memory_mb or 0:.0f} | {passes} |",
             flush=True,
         )
 
@@ -87,6 +89,15 @@ def asked(text: str) -> tuple[str, bool, dict[str, str]]:
 def passes_bare(kinds: Mapping[str, int], unit: Mapping[str, float]) -> float:
     """Return what image passes cost by themselves, in seconds, at so many seconds an image of each kind."""
     return sum(unit[kind.removesuffix(" replayed")] * count for kind, count in kinds.items())
+
+
+def in_fp32(kinds: Mapping[str, int]) -> dict[str, int]:
+    """Return the passes as if all were made in float32."""
+    found: dict[str, int] = {}
+    for kind, count in kinds.items():
+        single = kind.replace("bf16", "fp32")
+        found[single] = found.get(single, 0) + count
+    return found
 
 
 def network(options: argparse.Namespace, clean: LabelledImages) -> nn.Module:

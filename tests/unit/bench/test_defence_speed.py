@@ -20,3 +20,17 @@ def test_a_method_is_asked_for_with_options() -> None:
     asked = SCRIPT["asked"]
     assert asked("clp") == ("clp", False, {})
     assert asked("fp:paper,recipe=none") == ("fp", True, {"recipe": "none"})
+
+
+def test_passes_in_bf16_are_as_many_in_fp32() -> None:
+    counted = {
+        "forward fp32": 100,
+        "forward bf16": 20,
+        "backward bf16 frozen": 10,
+        "forward bf16 replayed": 1,
+    }
+    assert SCRIPT["in_fp32"](counted) == {
+        "forward fp32": 120,
+        "backward fp32 frozen": 10,
+        "forward fp32 replayed": 1,
+    }
