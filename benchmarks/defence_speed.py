@@ -9,9 +9,9 @@ prunes by its own rule.
 
 Prints, for each method, seconds, image passes by kind, what those passes cost when nothing else is done (same
 network, precision and threads, batch 128, timed right before and after), and the ratio; then what they would
-cost in fp32, and how many times as fast the method was. Passes in which parts of the network answered from memory ("replayed") are counted, and priced, as the share of full ones that they
-computed. Without `--model` the network is trained on the clean images for a few epochs: decisions differ,
-passes cost the same.
+cost in fp32, and how many times as fast the method was. Passes in which parts of the network answered from
+memory ("replayed") are counted, and priced, as the share of full ones that they computed. Without `--model`
+the network is trained on the clean images for a few epochs: decisions differ, passes cost the same.
 """
 
 from __future__ import annotations
@@ -59,10 +59,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     clean = draw_balanced(load_images(options.data, split="train"), options.images, rng.generator(0))
     model = network(options, clean)
-    print(
-        "| method | seconds | passes bare, s | ratio | bare in fp32, s | times as fast | peak MiB | image passes |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ("seconds", "passes bare, s", "ratio", "bare in fp32, s", "times as fast", "peak MiB", "passes")
+    print(f"| method | {' | '.join(columns)} |")
+    print("|---" * (len(columns) + 1) + "|")
     for name in options.methods:
         before = prices(model, clean)
         method = configured("purify", *asked(name))
