@@ -8,14 +8,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ok
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check format bench zoo clean
+.PHONY: help demo test lint check format reference zoo clean
 
 help:
 	@echo "make demo    train, scan, purify and report on embedded data; read demo/report.html"
 	@echo "make test    the tests that need no GPU, no network and no data set"
 	@echo "make lint    style, format, types, import rules (make check is the same)"
 	@echo "make format  rewrite the code in the project's format"
-	@echo "make bench   train the reference models: DATA=folder of CIFAR-10 parquet files, RUNS=runs"
+	@echo "make reference   train the models of the earliest table: DATA=folder of CIFAR-10 parquet files, RUNS=runs"
 	@echo "make zoo     train what is missing in zoo/, two models side by side: DATA=the same folder (hours)"
 	@echo "make clean   remove what the other targets made, except the environment and $(RUNS)/"
 
@@ -45,8 +45,8 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)
-	@test -n "$(DATA)" || { echo "make bench needs DATA=a folder with train and test parquet files of CIFAR-10" >&2; exit 2; }
+reference: $(STAMP)
+	@test -n "$(DATA)" || { echo "make reference needs DATA=a folder with train and test parquet files of CIFAR-10" >&2; exit 2; }
 	$(BIN)/python benchmarks/reference_models.py --data "$(DATA)" --out "$(RUNS)/reference"
 
 zoo: $(STAMP)

@@ -51,7 +51,7 @@ class NAD:
 
     Deviations: the default leaves out the official code's first two epochs at a rate of 0.1, for teacher and
     student: they are made for five times the images, and on 500 of CIFAR-10 they cost a width-16 ResNet-18
-    more than half of its accuracy (RESULTS.md, section 11). Teacher and student start each rate afresh,
+    more than half of its accuracy (RESULTS.md). Teacher and student start each rate afresh,
     without the momentum of the one before. The last state is returned; the official code saves by a rule
     that mixes two thresholds. Of BackdoorBench's code we do not have: attention taken after global pooling,
     where every map is 1x1 and the term vanishes; four passes of the student a step, which move its running
