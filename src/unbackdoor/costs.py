@@ -1,7 +1,8 @@
 """What a piece of work costs: image passes, seconds and memory, counted from outside.
 
-A method need not count for itself, and cannot count wrongly: calls of networks are seen by a hook. Only what
-answers from memory inside a network says so, with ``partial_pass``.
+A method need not count for itself: calls of networks are seen by a hook. Only what answers from memory inside
+a network says so, with ``partial_pass``; and exact ablations run a network operation by operation, which no
+hook sees, so that of these seconds and memory alone are known.
 """
 
 from __future__ import annotations

@@ -116,6 +116,8 @@ class Inversion:
                 "inversion needs learning_rate > 0, lambda0 > 0 and multiplier > 1, got "
                 f"{self.learning_rate}, {self.lambda0} and {self.multiplier}."
             )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InvalidInputError(f"betas must lie in [0, 1), got {self.betas}.")
         if not (0 < self.success <= 1 and 0 < self.early_stop_factor <= 1):
             raise InvalidInputError(
                 f"success and early_stop_factor must lie in (0, 1], got {self.success} and "

@@ -51,11 +51,13 @@ class MaskTraining:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.learning_rate <= 0 or self.batch_size < 2:
+        if self.epochs < 1 or not self.learning_rate > 0 or self.batch_size < 2:
             raise InvalidInputError(
                 "mask training needs epochs >= 1, learning_rate > 0 and batch_size >= 2, got "
                 f"{self.epochs}, {self.learning_rate} and {self.batch_size}."
             )
+        if not 0 <= self.momentum < 1:
+            raise InvalidInputError(f"momentum of mask training must lie in [0, 1), got {self.momentum}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import Field, fields, is_dataclass, replace
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -100,10 +101,17 @@ def _parse(kind: Any, value: str, full: str) -> Any:
     adapter: TypeAdapter[Any] = TypeAdapter(kind)
     for candidate in (decoded, value, [value]):
         try:
-            return adapter.validate_python(candidate)
+            found = adapter.validate_python(candidate)
+            if any(isinstance(each, float) and math.isnan(each) for each in (found, *_members(found))):
+                raise InvalidInputError(f"option {full!r} cannot be {value!r}: it is no number.")
+            return found
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
     raise InvalidInputError(f"option {full!r} cannot be {value!r}: {problem}.")
+
+
+def _members(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else ()
 
 
 def _parse_list(cls: Any, value: str, full: str) -> tuple[Any, ...]:

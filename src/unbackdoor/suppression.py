@@ -77,11 +77,18 @@ class Suppression:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        if self.budget < 1 or self.learning_rate <= 0 or self.batch_size < 2:
+        if self.budget < 1 or not 0 < self.learning_rate < math.inf or self.batch_size < 2:
             raise InvalidInputError(
                 "suppression needs budget >= 1, learning_rate > 0 and batch_size >= 2, got "
                 f"{self.budget}, {self.learning_rate} and {self.batch_size}."
             )
+        if not (0 <= self.momentum < 1 and 0 <= self.mu < math.inf and self.clip_norm >= 0):
+            raise InvalidInputError(
+                "suppression needs momentum in [0, 1), and mu and clip_norm of at least 0, got "
+                f"{self.momentum}, {self.mu} and {self.clip_norm}."
+            )
+        if self.checks_per_epoch < 1:
+            raise InvalidInputError(f"checks_per_epoch must be at least 1, got {self.checks_per_epoch}.")
 
     @staticmethod
     def rnp(stop_accuracy: float = 0.2) -> Suppression:
@@ -164,7 +171,8 @@ def suppress(
     """
     check_fits(model, clean, purpose="clean suppression", at_least=2)
     copied = arrange(copy.deepcopy(model))
-    copied.requires_grad_(True)
+    for parameter in copied.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     device = device_of(model)
     clean = clean.to(device)
     optimiser = _optimiser(copied, options)
@@ -185,7 +193,7 @@ def confusion_from(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _optimiser(model: nn.Module, options: Suppression) -> torch.optim.SGD:
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if options.decay == "all" or p.ndim >= 2]
     rest = [p for p in parameters if options.decay != "all" and p.ndim < 2]
     factor = 2 if options.decay_convention == "literal" else 1

@@ -77,6 +77,8 @@ class Recipe:
                 "momentum must lie in [0, 1) and warmup_fraction in (0, 1), got "
                 f"{self.momentum} and {self.warmup_fraction}."
             )
+        if self.nesterov and not self.momentum:
+            raise InvalidInputError("nesterov needs a momentum above 0; set one, or nesterov=false.")
         if not 0 <= self.weight_decay < math.inf or self.crop_padding < 0 or self.learning_rate == math.inf:
             raise InvalidInputError(
                 "weight_decay and crop_padding must be at least 0, and all rates finite, got "

@@ -196,6 +196,16 @@ class OneToOne:
         return {"rule": "one_to_one", "source_class": self.source_class, "target_class": self.target_class}
 
 
+MOST_CLASSES = 1_000_000
+"""A card that names a larger class is damaged, or made to break what reads it."""
+
+
+def _label(value: object, *, least: int = 0) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < MOST_CLASSES:
+        raise ValueError(f"{value!r} is no whole number from {least} to {MOST_CLASSES - 1}")
+    return value
+
+
 def label_rule_from(description: Mapping[str, Any]) -> LabelRule:
     """Rebuild a label rule from what its ``describe`` returned.
 
@@ -204,11 +214,11 @@ def label_rule_from(description: Mapping[str, Any]) -> LabelRule:
     """
     try:
         if description["rule"] == "all_to_one":
-            return AllToOne(int(description["target_class"]))
+            return AllToOne(_label(description["target_class"]))
         if description["rule"] == "all_to_all":
-            return AllToAll(int(description["num_classes"]), int(description["shift"]))
+            return AllToAll(_label(description["num_classes"], least=1), _label(description["shift"]))
         if description["rule"] == "one_to_one":
-            return OneToOne(int(description["source_class"]), int(description["target_class"]))
+            return OneToOne(_label(description["source_class"]), _label(description["target_class"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidInputError(f"the label rule {dict(description)!r} is incomplete: {error}.") from error
     raise InvalidInputError(

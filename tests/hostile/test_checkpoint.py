@@ -167,6 +167,19 @@ def test_tuples_that_take_for_ever_to_hash(tmp_path: Path) -> None:
     assert "nested tuple as a persistent id" in refusal_of(path)
 
 
+def test_numbers_that_share_a_hash(tmp_path: Path) -> None:
+    def long(value: int) -> bytes:
+        digits = value.to_bytes(16, "little", signed=True)
+        return b"\x8a" + bytes([len(digits)]) + digits
+
+    # All multiples of 2^61 - 1 have the hash 0: a dictionary of n of them takes n^2 steps to fill.
+    same = b"".join(long(k * (2**61 - 1)) + b"N" for k in range(8, 12))
+    path = write_program(tmp_path / "long.pt", b"}(" + same + b"u")
+    assert "long number as a dictionary key" in refusal_of(path)
+    key = b"(" + text("storage") + long(2**80) + b"tQ"
+    assert "nested tuple as a persistent id" in refusal_of(write_program(tmp_path / "id.pt", key))
+
+
 def test_whole_model(tmp_path: Path) -> None:
     path = tmp_path / "resnet.pt"
     path.write_bytes(saved(nn.Sequential(nn.Linear(2, 2))))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -94,7 +95,11 @@ def test_label_rules_count_and_map() -> None:
     [
         ({"rule": "all_to_some"}, "unknown label rule 'all_to_some'"),
         ({"rule": "all_to_one"}, "is incomplete: 'target_class'"),
-        ({"rule": "all_to_all", "num_classes": "many", "shift": 1}, "is incomplete: invalid literal"),
+        ({"rule": "all_to_all", "num_classes": "many", "shift": 1}, "'many' is no whole number from 1"),
+        ({"rule": "all_to_all", "num_classes": 0, "shift": 1}, "0 is no whole number from 1 to 999999"),
+        ({"rule": "all_to_one", "target_class": math.inf}, "inf is no whole number"),
+        ({"rule": "all_to_one", "target_class": 1e30}, "is no whole number"),
+        ({"rule": "all_to_one", "target_class": True}, "True is no whole number"),
         ({}, "is incomplete: 'rule'"),
         ({"rule": "one_to_one", "source_class": 1}, "is incomplete: 'target_class'"),
         ({"rule": "all_to_one", "target_class": None}, "is incomplete"),

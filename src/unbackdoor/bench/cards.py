@@ -58,6 +58,8 @@ class _Job(BaseModel):
 
 class _Card(BaseModel):
     attack: str | None = None
+    num_classes: int | None = Field(default=None, ge=1)
+    sha256: str = ""
     metrics: dict[str, _Rate] = {}
     validity: _Validity = _Validity()
     files: dict[str, str] = {}

@@ -27,6 +27,7 @@ from unbackdoor.bench.store import Record, Store
 from unbackdoor.catalogue import options_of, version_of
 from unbackdoor.costs import metered
 from unbackdoor.data.splits import draw_balanced
+from unbackdoor.errors import InvalidInputError
 from unbackdoor.evaluate import clean_accuracy, evaluate
 from unbackdoor.reactivate import reactivation
 from unbackdoor.types import Infected, LabelledImages, Progress, silent
@@ -148,7 +149,13 @@ class Bench:
             found = ablations(
                 suspect.model, suspect.infected, images, prune_mode=method.prune_mode, progress=progress
             )
-        return {**found, "cost": cost.describe()}
+        # It runs the network operation by operation: passes are not seen.
+        seen = {
+            k: v
+            for k, v in cost.describe().items()
+            if k not in ("forward_images", "backward_images", "kinds")
+        }
+        return {**found, "cost": seen}
 
     def _tested(self, cell: Cell) -> LabelledImages:
         return draw_balanced(self.test, cell.test_images, rng.generator(0)) if cell.test_images else self.test
@@ -189,6 +196,10 @@ def cell_of(
     **rest: Any,  # noqa: ANN401 - the other fields of a cell
 ) -> Cell:
     """Return the cell of a method on a model of a zoo, with all options spelt out."""
+    if "sha256" not in entry.card:
+        raise InvalidInputError(
+            f"the card of {entry.name} does not say which weights it speaks of; train that model again."
+        )
     one = configured(task, method, paper, options or {})
     return Cell(
         model=entry.name,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -69,7 +69,7 @@ class Laboratory:
         return _bench(self).answer(task)
 
     def _train(self, task: Training) -> Record:
-        job = task.job.ready()
+        job = replace(task.job.ready(), device=self.device)
         about = {"key": task.key, "kind": "training", "model": job.out.name, "command": job.command()}
         return recorded(
             about,

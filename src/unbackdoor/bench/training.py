@@ -90,7 +90,7 @@ class Job:
         parts += ["--limit", str(self.limit)] if self.limit else []
         parts += ["--image-size", str(self.image_size)] if self.image_size else []
         parts += ["--stem", self.stem] if self.stem != "3x3" else []
-        parts += ["--paper"] if self.paper else []
+        parts += ["--paper"] if self.paper and self.name != CLEAN else []
         parts += ["--half"] if self.half else []
         parts += ["--twin", str(self.twin)] if self.twin else []
         for assignment in self.settings:

@@ -99,7 +99,7 @@ def load_network(entry: Entry) -> nn.Module:
 
     Raises:
         InvalidInputError: If the card names code instead of a built-in architecture: a card may come from
-            a stranger, so what it names is never run.
+            a stranger, so what it names is never run; or if the weights are not those that it speaks of.
     """
     architecture = str(entry.card.get("job", {}).get("arch", "resnet18"))
     if architecture not in ARCHITECTURES:
@@ -108,7 +108,14 @@ def load_network(entry: Entry) -> nn.Module:
             f"package ({', '.join(ARCHITECTURES)}); code that a card names is never run, so measure that "
             "model with `unbackdoor evaluate --arch`."
         )
-    return load_model(entry.folder / "model.safetensors", architecture).model
+    loaded = load_model(entry.folder / "model.safetensors", architecture)
+    said = entry.card.get("sha256")
+    if said and loaded.checkpoint.sha256 != said:
+        raise InvalidInputError(
+            f"{loaded.checkpoint.path} holds other weights than those its card speaks of; restore the "
+            "file, or train that model again."
+        )
+    return loaded.model
 
 
 def load_infected(entry: Entry) -> Infected:

@@ -54,7 +54,10 @@ def attack(
 
     from unbackdoor.bench import training
     from unbackdoor.cli import console, show
+    from unbackdoor.errors import InvalidInputError
 
+    if name == training.CLEAN and (paper or twin is not None):
+        raise InvalidInputError("a clean model has no attack: leave --paper and --twin out.")
     job = training.Job(
         name=name,
         data=data,

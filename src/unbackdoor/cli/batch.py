@@ -129,7 +129,10 @@ class FileScanner:
             info=inputs.describe_model(loaded),
             data=data.info,
             seed=self.seed,
-            warnings=data.warnings,
+            warnings=(
+                *data.warnings,
+                *self.scan.other_images(loaded.model, data.learning, self.data.split or ""),
+            ),
             progress=progress,
         )
         base = self.out / task.document

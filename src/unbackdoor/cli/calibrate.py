@@ -96,6 +96,7 @@ def calibrate(
         description=description or words,
         architecture=arch,
         split=split or "",
+        normalisation=f"{normalize} {mean} {std}",
         anew=force,
     )
     with console.progress_bar(hidden=as_json) as progress:

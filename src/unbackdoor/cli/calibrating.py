@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ class Plan:
         origin: See ``CalibrationSet``.
         description: Which models these are, in words.
         architecture: Their name.
+        normalisation: What the images are given to the models with, in words.
         anew: Do not go on with what the file holds; the first scored model replaces it.
     """
 
@@ -72,7 +75,17 @@ class Plan:
     description: str
     architecture: str
     split: str = ""
+    normalisation: str = ""
     anew: bool = False
+
+    @cached_property
+    def drawn_from(self) -> str:
+        """Hash of the images, their labels and how they are normalised."""
+        digest = hashlib.sha256(self.normalisation.encode())
+        for tensor in (self.pool.labels, self.pool.images):
+            digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Return the options of all detectors by name."""
@@ -184,6 +197,8 @@ def _begun(plan: Plan, kind: Kind, images: int) -> CalibrationSet:
         kind=kind,
         images=images,
         split=plan.split,
+        drawn_from=plan.drawn_from,
+        seed=plan.seed,
         options=plan.options(),
     )
 
@@ -199,7 +214,9 @@ def _started(plan: Plan) -> CalibrationSet | None:
     found = read_calibration(plan.out)
     wanted = (plan.origin, plan.description, min(plan.images, len(plan.pool)))
     same = (found.origin, found.description, found.images) == wanted
-    same = same and found.split in ("", plan.split)  # older files do not say
+    # Older files do not say.
+    same = same and found.split in ("", plan.split) and found.drawn_from in ("", plan.drawn_from)
+    same = same and found.seed in (None, plan.seed)
     detectors = plan.scan.detectors()
     if not same or set(found.options) != set(detectors) or not all(map(found.agrees, detectors.values())):
         raise InvalidInputError(

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import typer
 
+from unbackdoor.cli import options as o
+
 
 def demo(
     out: Path = typer.Option(Path("demo"), help="Folder for the models, documents and report.html."),
-    seed: int = typer.Option(1, help="Seed of everything."),
+    seed: o.Seed = 1,
 ) -> None:
     """Train a clean and an infected model on handwritten digits; scan, purify, scan again, report."""
     import torch

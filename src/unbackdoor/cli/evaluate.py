@@ -48,7 +48,7 @@ def evaluate(
 
     if reactivate and infected is None:
         raise InvalidInputError("--reactivate needs the trigger; name its folder with --infected.")
-    show.check_folder(report, model)
+    show.check_folder(report, model, Path(data))
     card = read_card(infected) if infected else {}
     if infected and not card.get("attack"):
         raise InvalidInputError(

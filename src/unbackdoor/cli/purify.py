@@ -42,7 +42,7 @@ def purify(
 
     named = purifier_named(method, paper=paper)
     show.check_output(out, model, force=force)
-    show.check_folder(report, model, out)
+    show.check_folder(report, model, out, Path(clean))
     purifier = configure(named, settings or [])
     loaded = inputs.open_model(
         inputs.ModelOptions(model, arch, num_classes, width, mean, std, normalize, device)

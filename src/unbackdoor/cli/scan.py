@@ -66,8 +66,9 @@ def scan(
     from unbackdoor.detect.scan import Scan
     from unbackdoor.errors import InvalidInputError
 
-    for path in (report, sarif):
-        show.check_folder(path, *model, Path(calibration) if calibration else None)
+    needed = (*model, Path(clean), Path(calibration) if calibration else None)
+    show.check_folder(report, *needed)
+    show.check_folder(sarif, *needed, report)
     method = scanning.configured_scan(
         Scan(
             alpha=alpha,
@@ -97,7 +98,8 @@ def scan(
     loaded = inputs.open_model(how)
     show.announce(loaded)
     data = inputs.open_clean(images, loaded, seed=seed, hold_out=False)
-    foreseen = method.foreseen(loaded.model, data.learning)
+    other = method.other_images(loaded.model, data.learning, split)
+    foreseen = (*method.foreseen(loaded.model, data.learning), *other)
     for warning in foreseen:
         console.warn(warning)
     with console.progress_bar(hidden=as_json) as progress:
@@ -108,7 +110,7 @@ def scan(
             info=inputs.describe_model(loaded),
             data=data.info,
             seed=seed,
-            warnings=data.warnings,
+            warnings=(*data.warnings, *other),
             progress=progress,
         )
     if sarif is not None:

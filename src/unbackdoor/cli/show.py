@@ -62,8 +62,10 @@ def check_folder(out: Path | None, *inputs: Path | None) -> None:
         return
     if out.is_dir() or not out.parent.is_dir():
         raise InvalidInputError(f"cannot write {out}: its folder does not exist, or it is a folder itself.")
-    if out.exists() and any(each is not None and out.resolve() == each.resolve() for each in inputs):
-        raise InvalidInputError(f"{out} is an input of this command; give another file to write to.")
+    if any(each is not None and out.resolve() == each.resolve() for each in inputs):
+        raise InvalidInputError(
+            f"{out} is an input of this command, or written by it already; give another file to write to."
+        )
 
 
 def finish(document: doc.Document, *, as_json: bool, report: Path | None, said: Collection[str] = ()) -> None:

@@ -152,7 +152,8 @@ def surrogate_images(
         count: How many a scan takes.
         seed: The choice follows it.
     """
-    order = balanced_order(everything.labels, rng.generator(seed))
+    # A scan with this seed draws the same images.
+    order = balanced_order(everything.labels, rng.spawn(rng.generator(seed)))
     scanned = everything.subset(order[:count])
     if len(everything) < ENOUGH_TO_HOLD_OUT * count:
         return everything, scanned, False

@@ -179,6 +179,9 @@ class CalibrationSet(_Part):
         kind: Which networks it speaks of.
         images: Clean images that each model was scored with.
         split: The part of the data set that they were drawn from; empty if unknown.
+        drawn_from: Hash of the images that these were drawn from, and of how they were given to the models;
+            empty if unknown.
+        seed: Of the draws; None if unknown.
         options: Detector to the options it was run with; its scores hold for these only.
         models: One entry a model.
     """
@@ -189,6 +192,8 @@ class CalibrationSet(_Part):
     kind: Kind
     images: int = Field(ge=1)
     split: str = ""
+    drawn_from: str = ""
+    seed: int | None = None
     options: dict[str, dict[str, Any]]
     models: tuple[ScoredModel, ...] = ()
 

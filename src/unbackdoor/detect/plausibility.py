@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from unbackdoor.compute import logits_of
+from unbackdoor.compute import device_of, logits_of
 from unbackdoor.detect.floor import mean_recall
 from unbackdoor.models.normalise import PRESETS, NormalisedModel
 from unbackdoor.rates import Rate
@@ -210,7 +210,9 @@ def _normalisations(model: nn.Module, probed: LabelledImages) -> Iterator[tuple[
         )
     for name, (mean, std) in PRESETS.items():
         if len(mean) in (1, probed.images.shape[1]):
-            recall = _tried(NormalisedModel(network, mean, std), probed.images, probed.labels)
+            # Its mean and deviation belong where the network is.
+            normalised = NormalisedModel(network, mean, std).to(device_of(model))
+            recall = _tried(normalised, probed.images, probed.labels)
             yield (
                 recall,
                 f"with --normalize {name} it would be right on {recall:.1%}, so the model probably expects "

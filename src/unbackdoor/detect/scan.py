@@ -427,6 +427,29 @@ class Scan:
         calibration, warnings = self._calibration(model, clean, classes)
         return (*warnings, *self._unfit(calibration))
 
+    def other_images(self, model: nn.Module, clean: LabelledImages, split: str) -> tuple[str, ...]:
+        """Say so if the clean models were scored on another part of the data than this scan takes.
+
+        A model that was trained on the images of a scan is no longer like clean models on unseen ones.
+
+        Args:
+            model: Takes float images in [0, 1]; left untouched.
+            clean: Clean images with labels.
+            split: The part that they were drawn from; empty if unknown.
+
+        Raises:
+            InvalidInputError: As ``run``.
+        """
+        classes = check_fits(model, clean, purpose="a scan", at_least=2)
+        calibration, _ = self._calibration(model, clean, classes)
+        if calibration is None or not split or calibration.split in ("", split):
+            return ()
+        return (
+            f"The calibration was made with images of the split {calibration.split!r}, this scan takes those "
+            f"of {split!r}: if the model was trained on these, its rates hold only roughly. Where the images "
+            f"come in splits, give --split {calibration.split}.",
+        )
+
 
 def _no_trigger(
     suspect: Evidence | None, triggers: FoundTriggers | None, clean: LabelledImages

@@ -129,7 +129,9 @@ def find_filters(model: nn.Module, example: Tensor) -> FilterMap:
             through no convolution or linear layer.
     """
     # Leaf copies that require gradients keep torch from replacing attention by one fused, opaque kernel.
-    parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    parameters = {
+        name: p.detach().requires_grad_(p.is_floating_point()) for name, p in model.named_parameters()
+    }
     # Copies too: some networks count or keep statistics in their buffers, even in eval mode.
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     tracer = _Tracer(names={id(t): name for name, t in {**buffers, **parameters}.items()})

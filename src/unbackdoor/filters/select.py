@@ -79,7 +79,13 @@ class Guard:
     def __post_init__(self) -> None:
         if not 0 < self.candidates <= 1:
             raise InvalidInputError(f"the guard's candidates must lie in (0, 1], got {self.candidates}.")
-        if self.screen < 0 or self.patience < 0:
+        bounds = (self.per_filter, self.total, self.accuracy)
+        if any(map(math.isnan, bounds)) or not 0 <= self.benefit < 1:
+            raise InvalidInputError(
+                "the guard's per_filter, total and accuracy must be numbers and its benefit lie in [0, 1), "
+                f"got {', '.join(map(str, bounds))} and {self.benefit}."
+            )
+        if not self.screen >= 0 or self.patience < 0:
             raise InvalidInputError(
                 f"the guard's screen and patience must be at least 0, got {self.screen} and {self.patience}."
             )

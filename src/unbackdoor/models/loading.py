@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def load_model(
         model=model.eval(),
         checkpoint=checkpoint,
         architecture=architecture,
-        num_classes=_classes_of(network, num_classes, path),
+        num_classes=_classes_of(network, num_classes, path, ask=architecture.is_user_code),
         normalisation=normalisation,
         key_prefix=view.prefix,
     )
@@ -279,20 +280,41 @@ def _load_user_network(
     return network, view
 
 
-def _classes_of(network: nn.Module, num_classes: int | None, path: Path) -> int:
+SIZES = (32, 28, 64, 224)
+"""Sides of the images on which a network of the user is asked how many outputs it has."""
+
+
+def _classes_of(network: nn.Module, num_classes: int | None, path: Path, *, ask: bool) -> int:
     outputs = [module.out_features for module in network.modules() if isinstance(module, nn.Linear)]
+    found = _outputs_of(network) if ask else outputs[-1]
+    outputs = outputs if found is None else [found]
     if num_classes is None and not outputs:
         raise InvalidInputError(
             f"the number of classes of {path} is not clear from the layers; give num_classes."
         )
     if num_classes is None:
         return outputs[-1]
-    if outputs and num_classes not in outputs:
+    if found is not None and num_classes != found:
         raise MismatchedCheckpointError(
-            f"{path} has {outputs[-1]} classes but num_classes {num_classes} was given; "
-            "leave that out or check the file."
+            f"{path} has {found} classes but num_classes {num_classes} was given; leave that out or check "
+            "the file."
         )
     return num_classes
+
+
+def _outputs_of(network: nn.Module) -> int | None:
+    """Return how many logits a network has, by asking it; None if it takes none of the usual sizes."""
+    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    asked = copy.deepcopy(network).eval()  # some networks count or keep statistics, even in eval mode
+    for size in SIZES:
+        images = torch.zeros(1, 3 if first is None else first.in_channels, size, size)
+        try:
+            with torch.no_grad(), rng.isolated(rng.generator(0)):
+                logits = asked(images)
+        except Exception:  # noqa: BLE001, S112 - networks that take one size only say so as they like
+            continue
+        return int(logits.shape[1]) if isinstance(logits, Tensor) and logits.ndim == 2 else None
+    return None
 
 
 # --- Comparing and converting

@@ -51,6 +51,10 @@ TORCH_OPCODES: frozenset[str] = DATA_OPCODES | {"BINPERSID"}
 OBJECT_OPCODES: frozenset[str] = DATA_OPCODES | {"NEWOBJ"}
 """Objects of imported classes that were pickled by their attributes, such as sparse matrices."""
 
+LONGEST_KEY = 2**63
+"""Whole numbers of at most eight bytes: among larger ones any number share a hash, and a dictionary of such
+keys takes for ever to fill."""
+
 _MAPPINGS = ("dict", f"{_RESULT}collections.OrderedDict", f"{_RESULT}collections.defaultdict")
 
 
@@ -85,8 +89,9 @@ def check_pickle(
     """Refuse a pickle that could do more than build plain data and call the allowed imports.
 
     Beyond the two lists it is checked that only imports are called, that ``OrderedDict`` is called
-    without arguments, that dictionary keys are strings, numbers or the like (hashing nested tuples can take
-    for ever), that no state is set on an import, that memo numbers are small, and that nothing follows STOP.
+    without arguments, that dictionary keys are strings, numbers of usual length or the like (hashing nested
+    tuples, or numbers that share a hash, can take for ever), that no state is set on an import, that memo
+    numbers are small, and that nothing follows STOP.
 
     Args:
         stream: The whole pickle.
@@ -153,7 +158,8 @@ class _Walk:
 
     def step(self, opcode: str, argument: _Argument, position: int) -> None:
         if opcode in _PUSHED_KINDS:
-            self.stack.append(_PUSHED_KINDS[opcode])
+            long = opcode == "LONG1" and not -LONGEST_KEY <= argument < LONGEST_KEY
+            self.stack.append("long number" if long else _PUSHED_KINDS[opcode])
             return
         _STEPS[opcode](self, argument, position)
 

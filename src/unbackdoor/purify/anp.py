@@ -95,6 +95,8 @@ class ANP:
                 "eps must be at least 0, alpha and threshold must lie in [0, 1], got "
                 f"{self.eps}, {self.alpha} and {self.threshold}."
             )
+        if not 0 <= self.momentum < 1:
+            raise InvalidInputError(f"momentum must lie in [0, 1), got {self.momentum}.")
         if self.steps < 1 or self.iterations < 1 or self.batch_size < 2 or not self.learning_rate > 0:
             raise InvalidInputError(
                 "steps and iterations must be at least 1, batch_size at least 2 and learning_rate positive, "

@@ -188,6 +188,14 @@ class MNP:
                 f"rounds must be at least 1, restarts, refined and retries 0; got {self.rounds}, "
                 f"{self.restarts}, {self.refined} and {self.retries}."
             )
+        if self.amount == "threshold" and self.threshold >= 1:
+            # Inverted triggers expose by M1 alone, and masks lie in [0, 1].
+            summed = self.score != "m1" and self.exposures == ("suppression",)
+            if not summed or (self.score == "sum" and self.threshold >= 3):
+                raise InvalidInputError(
+                    f"a threshold of {self.threshold} would remove every filter: give one below 1, or one "
+                    "below 3 with score=sum and exposures=suppression."
+                )
         if self.count < 0:
             raise InvalidInputError(f"count must be at least 0, got {self.count}.")
         if not 0 <= self.fraction <= 1:

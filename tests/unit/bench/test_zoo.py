@@ -200,6 +200,27 @@ def test_the_hash_that_is_shown_is_that_of_the_file(root: Path, tmp_path: Path) 
     assert _verify(copy, "badnets")["badnets"] == ["sha256 is not that of model.safetensors in files"]
 
 
+def test_other_weights_than_those_of_the_card_are_not_measured(root: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "zoo"
+    shutil.copytree(root, copy)
+    (copy / "other").mkdir()
+    save_clean(copy / "other", _network(), TEST, seed=0, record={"job": {"arch": "resnet10"}})
+    shutil.copy(copy / "other" / "model.safetensors", copy / "badnets" / "model.safetensors")
+    with pytest.raises(InvalidInputError, match="holds other weights than those its card speaks of"):
+        zoo.load_network(zoo.entry_named(copy, "badnets"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [({"num_classes": "ten"}, "num_classes"), ({"sha256": 3}, "sha256")],
+)
+def test_cards_with_odd_numbers_are_refused(
+    root: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=sentence):
+        zoo.entries(_edited(root, tmp_path / "zoo", **changes))
+
+
 def test_a_card_that_claims_nothing_is_refused(root: Path, tmp_path: Path) -> None:
     copy = _edited(root, tmp_path / "zoo", metrics={})
     with pytest.raises(InvalidInputError, match="claims no clean_accuracy"):

@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from unbackdoor import rng
 from unbackdoor.cli import surrogates
+from unbackdoor.data import load_images
+from unbackdoor.data.checks import clean_draw
 from unbackdoor.detect.calibration import CalibrationSet, read_calibration
 from unbackdoor.models.checkpoint import write_tensors
 from unbackdoor.testing import planted_backdoor
@@ -127,6 +131,30 @@ def test_infected_models_and_empty_folders_are_refused(
     both = calibrate(run, files, honest, "--surrogates", 3, *out)
     assert "give either clean models" in both.err
     assert not (tmp_path / "c.json").exists()
+
+
+def test_a_file_goes_on_with_the_same_images_alone(
+    run: Run, files: Files, honest: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "c.json"
+    assert calibrate(run, files, honest / "model0", "--out", out).code == 0
+    before = out.read_bytes()
+    for change in (("--seed", 1), ("--mean", "0,0,0", "--std", "1,1,1")):
+        other = calibrate(run, files, honest, "--out", out, *change)
+        assert other.code == 2, change
+        assert "holds a calibration made with other options, models or images" in other.err
+    fewer = run("calibrate", honest, "--arch", ARCH, "--clean", files.few, *QUICK, "--out", out)
+    assert fewer.code == 2
+    assert out.read_bytes() == before
+
+
+def test_surrogates_leave_out_what_a_scan_with_their_seed_draws() -> None:
+    everything = load_images("digits", split="train")
+    training, scanned, apart = surrogates.surrogate_images(everything, 200, seed=3)
+    drawn = clean_draw(everything, 200, rng.spawn(rng.generator(3))).data
+    assert apart
+    assert torch.equal(scanned.images, drawn.images)
+    assert len(training) == len(everything) - 200
 
 
 def test_surrogates_are_trained_once_and_go_on(

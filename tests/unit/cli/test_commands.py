@@ -10,6 +10,7 @@ import torch
 from unbackdoor.attacks.registry import ATTACKS
 from unbackdoor.bench.artefact import load_plan
 from unbackdoor.cli.attack import NAMES
+from unbackdoor.detect.calibration import read_calibration, write_calibration
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.models.checkpoint import read_tensors
 from unbackdoor.testing import planted_backdoor
@@ -71,6 +72,20 @@ def test_scan_of_a_model_like_the_calibrated_ones_exits_with_0(run: Run, files: 
     assert (result.code, result.json["verdict"]) == (0, "clean")
     assert result.json["target_class"] is None
     assert result.json["limits"]
+
+
+def test_a_calibration_on_another_part_of_the_data_is_warned_of(
+    run: Run, files: Files, tmp_path: Path
+) -> None:
+    other = tmp_path / "test.json"
+    found = read_calibration(files.lax).model_copy(update={"split": "test"})
+    write_calibration(found, other)
+    common = ("--arch", ARCH, "--clean", files.clean, "--calibration", other, "--set", "suppression.budget=5")
+    result = run("scan", files.twin, *common, "--fast")
+    told = " ".join(result.err.split())
+    assert told.count("was made with images of the split 'test', this scan takes those of 'train'") == 1
+    many = run("scan", files.twin, *common, "--fast", "--out", tmp_path / "scans", "--json")
+    assert "give --split test" in many.out
 
 
 def test_what_a_scan_cannot_see_stands_below_the_advice_that_points_there(run: Run, files: Files) -> None:

@@ -119,6 +119,10 @@ def test_unknown_settings_get_a_suggestion(run: Run, files: Files, tmp_path: Pat
     refused(run, *common, "suppression.budget", says="must read name=value")
     refused(run, *common, "suppression.budget=few", says="cannot be 'few'")
     refused(run, *common, "suppression.budget=0", says="budget >= 1")
+    refused(run, *common, "suppression.checks_per_epoch=0", says="checks_per_epoch must be at least 1")
+    refused(run, *common, "suppression.momentum=-1", says="momentum in [0, 1)")
+    refused(run, *common, "suppression.mu=nan", says="cannot be 'nan': it is no number")
+    refused(run, *common, "search.first.betas=1,2", says="betas must lie in [0, 1)")
     refused(run, *common, "suppression=3", says="has parts")
     refused(run, *common, "alpha.x=3", says="has no parts")
     purify = (
@@ -132,6 +136,12 @@ def test_unknown_settings_get_a_suggestion(run: Run, files: Files, tmp_path: Pat
         tmp_path / "n.safetensors",
     )
     refused(run, *purify, "--set", "stages=suppress", says="stages must name")
+    refused(run, *purify, "--set", "masks.momentum=-1", says="momentum of mask training")
+    refused(run, *purify, "--set", "guard.benefit=5", says="benefit lie in [0, 1)")
+    refused(run, *purify, "--set", "amount=threshold", says="would remove every filter")
+    refused(run, *purify, "--method", "anp", "--set", "momentum=-1", says="momentum must lie in [0, 1)")
+    nesterov = ("--set", "recipe.nesterov=true", "--set", "recipe.momentum=0")
+    refused(run, *purify, "--method", "ft", *nesterov, says="nesterov needs a momentum above 0")
     refused(run, *purify, "--method", "magic", says="unknown purifier 'magic': known are mnp, ft, fp")
     refused(run, *purify, "--method", "i-bao", says="did you mean 'i-bau'?")
     refused(run, *purify, "--method", "gup", "--set", "learning=1", says="unknown option 'learning'")
@@ -200,6 +210,12 @@ def test_pages_never_replace_what_was_read(run: Run, files: Files, tmp_path: Pat
     refused(run, "purify", *common, *clean, *out, "--report", model, says="is an input of this command")
     refused(run, "purify", *common, *clean, *out, "--report", tmp_path / "no" / "x", says="does not exist")
     refused(run, "evaluate", *common, "--data", files.clean, "--report", model, says="is an input")
+    refused(run, "purify", *common, *clean, *out, "--report", out[1], says="or written by it already")
+    page = tmp_path / "page"
+    refused(run, "scan", *common, *clean, "--report", page, "--sarif", page, says="written by it already")
+    for command, option in (("scan", "--clean"), ("evaluate", "--data")):
+        refused(run, command, *common, option, files.clean, "--report", files.clean, says="is an input")
+    assert not out[1].exists()
     document = tmp_path / "d.json"
     document.write_text("{}")
     refused(run, "report", document, "--out", document, says="is an input of this command")
@@ -242,6 +258,8 @@ def test_evaluate_needs_a_folder_of_an_attack(run: Run, files: Files, tmp_path: 
 def test_attacks_that_cannot_be_done(run: Run, tmp_path: Path) -> None:
     common = ("--data", "digits", "--arch", "resnet10", "--width", 4, "--epochs", 1, "--limit", 40)
     out = ("--out", tmp_path / "m")
+    for option in (("--paper",), ("--twin", tmp_path)):
+        refused(run, "attack", "none", *common, *out, *option, says="a clean model has no attack")
     refused(
         run, "attack", "magic", *common, *out, says="unknown attack 'magic': known are badnets, trojan, blend"
     )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor import rng
+from unbackdoor.detect import plausibility
 from unbackdoor.detect.plausibility import check_plausible, statistics_shift
 from unbackdoor.models import NormalisedModel
 from unbackdoor.rates import Rate
@@ -56,6 +57,22 @@ def test_a_missing_normalisation_is_named() -> None:
     assert found.accuracy.value < 0.3
     assert "the model probably expects normalised images" in found.problem
     assert "with --normalize" in found.problem
+
+
+def test_normalisations_are_tried_where_the_network_is() -> None:
+    # On the meta device nothing is computed; a deviation elsewhere would be refused like one beside a GPU.
+    probed = LabelledImages(CLEAN.images[:2].to("meta"), CLEAN.labels[:2])
+    network, tried = nn.Conv2d(3, 4, 3, device="meta"), list[set[str]]()
+
+    def note(model: nn.Module, *_: Tensor) -> float:
+        tried.append({buffer.device.type for buffer in model.buffers()})
+        return 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plausibility, "_tried", note)
+        list(plausibility._normalisations(network, probed))
+    assert tried
+    assert all(devices == {"meta"} for devices in tried)
 
 
 def test_a_model_with_a_normalisation_is_told_of_all_causes() -> None:

@@ -13,6 +13,8 @@ from unbackdoor.errors import UnsupportedModelError
 from unbackdoor.filters import FilterGroup, FilterMap, FilterMask, find_filters
 from unbackdoor.models.normalise import NormalisedModel
 from unbackdoor.models.registry import build
+from unbackdoor.suppression import Suppression, suppress
+from unbackdoor.testing.subjects import small_data
 
 
 class Case(NamedTuple):
@@ -381,6 +383,27 @@ def test_an_unknown_layer_is_an_error_that_names_the_known_ones() -> None:
     found = find_filters(nets.mlp(), nets.images())
     with pytest.raises(UnsupportedModelError, match=r"no layer 'conv9' .* 1, 4, 7"):
         found.group("conv9")
+
+
+class Counting(nn.Module):
+    """A network with a parameter that counts, and can have no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = nn.Parameter(torch.zeros((), dtype=torch.int64), requires_grad=False)
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.conv(images).mean((2, 3)))
+        return logits
+
+
+def test_a_parameter_that_is_no_float_is_left_alone() -> None:
+    model, data = Counting().eval(), small_data(16)
+    assert [group.name for group in find_filters(model, data.floats()[:1]).prunable] == ["conv"]
+    options = Suppression(budget=2, batch_size=8, stop_accuracy=0.0)
+    suppressed = suppress(model, data, options, generator=rng.generator(0))
+    assert suppressed.model.state_dict()["calls"].dtype == torch.int64
 
 
 def test_a_tuple_output_is_refused() -> None:

@@ -48,6 +48,16 @@ def fixed():
 
 def headless():
     return nn.Sequential(nn.Conv2d(3, 4, 3))
+
+
+class Late(nn.Module):
+    def __init__(self, num_classes=7):
+        super().__init__()
+        self.head = nn.Linear(32, num_classes)
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 32))
+
+    def forward(self, x):
+        return self.head(self.body(x))
 """
 
 
@@ -325,6 +335,16 @@ def test_user_network_that_needs_real_memory(tmp_path: Path, user: str) -> None:
         load_model(path, f"{user}:fixed", num_classes=9)
     with pytest.raises(InvalidInputError, match="takes no width"):
         load_model(path, f"{user}:fixed", width=9)
+
+
+def test_a_head_that_is_registered_first_is_found_by_asking_the_network(tmp_path: Path, user: str) -> None:
+    state = {
+        "head.weight": torch.ones(7, 32), "head.bias": torch.ones(7), "body.0.weight": torch.ones(4, 3, 3, 3),
+        "body.0.bias": torch.ones(4), "body.3.weight": torch.ones(32, 4), "body.3.bias": torch.ones(32),
+    }  # fmt: skip
+    path = save(state, tmp_path / "m.pt")
+    assert load_model(path, f"{user}:Late").num_classes == 7
+    assert load_model(path, f"{user}:Late", num_classes=7).num_classes == 7
 
 
 def test_user_network_that_does_not_fit(tmp_path: Path, user: str) -> None:

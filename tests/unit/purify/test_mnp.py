@@ -53,12 +53,21 @@ def removed(result: Purified) -> int:
         ({"amount": "count", "count": 7}, 7),
         ({"amount": "count", "count": 0}, 0),
         ({"amount": "fraction", "fraction": 0.25}, 24),
-        ({"amount": "threshold", "threshold": 5.0}, 96),
+        ({"amount": "threshold", "threshold": 2.999, "score": "sum"}, 96),
         ({"amount": "threshold", "threshold": -1.0}, 0),
     ],
 )
 def test_amounts(options: dict[str, Any], count: int) -> None:
     assert removed(purify(replace(QUICK, **options))) == count
+
+
+@pytest.mark.parametrize(
+    ("options", "threshold"),
+    [({}, 1.0), ({"exposures": ("inversion",), "score": "sum"}, 1.5), ({"score": "sum"}, 3.0)],
+)
+def test_a_threshold_that_every_mask_is_below_is_refused(options: dict[str, Any], threshold: float) -> None:
+    with pytest.raises(InvalidInputError, match="would remove every filter"):
+        replace(QUICK, amount="threshold", threshold=threshold, **options)
 
 
 def test_the_lowest_scores_go() -> None:
@@ -336,7 +345,7 @@ def test_both_ways_share_one_budget() -> None:
     [
         ({"amount": "count", "count": 7}, 7),
         ({"amount": "fraction", "fraction": 0.1}, 10),
-        ({"amount": "threshold", "threshold": 5.0}, 96),
+        ({"amount": "threshold", "threshold": -1.0}, 0),
     ],
 )
 def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
