@@ -60,7 +60,9 @@ def _side_by_side(options: argparse.Namespace) -> int:
     command += ["--spec", str(options.spec), "--models", *options.models]
     environment = os.environ | KEEP_MEMORY | {"OMP_NUM_THREADS": "1"}
     workers = [subprocess.Popen(command, env=environment) for _ in range(options.jobs)]  # noqa: S603
-    return max([worker.wait() for worker in workers])
+    # One that was killed has a negative code.
+    codes = [worker.wait() for worker in workers]
+    return int(any(codes))
 
 
 def _build(name: str, job: training.Job) -> bool:

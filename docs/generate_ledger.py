@@ -20,7 +20,7 @@ from unbackdoor.purify.registry import PURIFIERS
 HERE = Path(__file__).parent
 PAGE = HERE / "reference" / "fairness.md"
 FACTS = HERE / "ledger.toml"
-RECORDS = HERE.parent / "results" / "runtime" / "records.jsonl"
+RECORDS = HERE.parent / "results" / "runtime-cpu" / "records.jsonl"
 
 HEAD = """# Fairness ledger
 
@@ -37,7 +37,7 @@ share whose whole defence costs no more accuracy on these than the guard allows,
 others measure on the images that they learn from. How our defaults were chosen stands in RESULTS.md.
 
 Image passes and seconds come from the records of `unbackdoor bench runtime` (one BadNets model, 500 clean images,
-nothing else running); passes compare across machines, seconds do not. A pass in which the layers before the changed one
+one thread beside another run); passes compare across machines, seconds do not. A pass in which the layers before the changed one
 answered from memory, as in the guarded walk, counts as the share of its multiply-adds that it did again.
 """
 

@@ -36,8 +36,10 @@ from hostile.build import (
     write_safetensors,
     write_tensor_archive,
 )
-from unbackdoor.errors import InvalidInputError, UnsafeFileError
+from unbackdoor.errors import InvalidInputError, MismatchedCheckpointError, UnsafeFileError
+from unbackdoor.models import loading
 from unbackdoor.models.checkpoint import read_checkpoint, read_metadata, read_tensors
+from unbackdoor.models.loading import load_model
 
 MEMORY_KIB = 256 * 1024
 
@@ -178,6 +180,15 @@ def test_numbers_that_share_a_hash(tmp_path: Path) -> None:
     assert "long number as a dictionary key" in refusal_of(path)
     key = b"(" + text("storage") + long(2**80) + b"tQ"
     assert "nested tuple as a persistent id" in refusal_of(write_program(tmp_path / "id.pt", key))
+
+
+def test_names_of_nothing_but_prefixes(tmp_path: Path) -> None:
+    # Each prefix that is stripped makes a copy of the name: memory by the square of its length.
+    name = "module." * 6000 + "conv1.weight"
+    path = write_safetensors(tmp_path / "m.safetensors", {name: entry([1], 0, 4)}, bytes(4))
+    with pytest.raises(MismatchedCheckpointError):
+        load_model(path, "resnet10")
+    assert len(list(loading._views({name: torch.zeros(1)}))) == loading.MOST_PREFIXES
 
 
 def test_whole_model(tmp_path: Path) -> None:

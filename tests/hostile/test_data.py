@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from unbackdoor.data import archives as archives_module
-from unbackdoor.data import load_images
+from unbackdoor.data import load_images, parquet
 from unbackdoor.errors import InvalidInputError, UnbackdoorError, UnsafeFileError
 
 
@@ -235,6 +235,39 @@ def test_damaged_cifar_batch(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "test_batch").write_bytes(content)
     with pytest.raises(UnbackdoorError):
         load_images(tmp_path, split="test")
+
+
+def test_named_pipe_in_place_of_parquet_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.parquet")
+    with pytest.raises(InvalidInputError):
+        load_images(tmp_path)
+
+
+def packed_images(path: Path, count: int, size: int, *, shared: bool) -> Path:
+    rows = pa.array([{"bytes": bytes(size), "path": ""}] * count)
+    table = pa.table({"img": rows, "label": [0] * count})
+    pq.write_table(table, path, compression="zstd", use_dictionary=shared)
+    return path
+
+
+def test_parquet_bombs(tmp_path: Path) -> None:
+    # One value that all rows share is held once, and here it is no image.
+    path = packed_images(tmp_path / "shared.parquet", 128, 2**20, shared=True)
+    assert path.stat().st_size < 2000
+    shard = parquet._open(path)
+    assert sum(batch.nbytes for batch in parquet._batches(shard)) < 2 * 2**20
+    with pytest.raises(InvalidInputError, match="cannot be decoded"):
+        load_images(path)
+    path = packed_images(tmp_path / "packed.parquet", 80, 2**20, shared=False)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(UnsafeFileError, match="times its size, which no images do"):
+        load_images(path)
+
+
+def test_npz_of_a_single_value(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.uint8(3), labels=np.zeros(1, np.int64))
+    with pytest.raises((InvalidInputError, UnsafeFileError)):
+        load_images(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize("name", ["images", "labels"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from unbackdoor.errors import InvalidInputError, UnbackdoorError, UnsafeFileError
+from unbackdoor.graph import planetoid
 from unbackdoor.graph.files import load_graph, load_network, load_trigger
 from unbackdoor.graph.planetoid import read_planetoid
 from unbackdoor.models.checkpoint import write_tensors
@@ -116,6 +117,27 @@ def test_a_sound_graph_is_read(tmp_path: Path) -> None:
 def test_unsound_graphs_are_refused(tmp_path: Path, changed: dict[str, torch.Tensor]) -> None:
     with pytest.raises(InvalidInputError):
         load_graph(graph_file(tmp_path / "graph.safetensors", **changed))
+
+
+def test_a_list_that_all_nodes_share(tmp_path: Path) -> None:
+    # One list of 2,000 nodes, named by 2,000 nodes: four million edges in a file of some kilobytes.
+    numbers = b"".join(b"M" + node.to_bytes(2, "little") for node in range(2000))
+    items = (
+        b"K\x00]("
+        + numbers
+        + b"eq\x01"
+        + b"".join(b"M" + node.to_bytes(2, "little") + b"h\x01" for node in range(1, 2000))
+    )
+    content = b"\x80\x02ccollections\ndefaultdict\nc__builtin__\nlist\n\x85R(" + items + b"u."
+    with pytest.raises(InvalidInputError, match="more than 1000000 edges"):
+        planetoid._edges(folder_with(tmp_path, "graph", content) / "ind.cora.graph", 2708)
+
+
+def test_a_trigger_that_claims_a_huge_layer(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    write_tensors({"body.0.weight": torch.zeros(50_000, 1), "words.weight": torch.zeros(3, 1)}, path)
+    with pytest.raises(InvalidInputError, match="no trigger"):
+        load_trigger(path)
 
 
 def test_graphs_are_no_networks_and_no_triggers(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from unbackdoor.attacks.mixing import DECOY, POISON, RoleSheet, check_shares
 from unbackdoor.attacks.poisoning import label_rule_for
 from unbackdoor.attacks.training import stage_file
 from unbackdoor.compute import arrange, autocast, check_fits, device_of
+from unbackdoor.data.splits import some_of
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.models.checkpoint import read_tensors, write_tensors
 from unbackdoor.train import Batch, Recipe, batches, cross_entropy_step
@@ -188,7 +189,7 @@ class IAB:
                 write_tensors(masker.state_dict() | {"losses": torch.tensor(losses)}, file)
         fix(masker)
         with torch.no_grad():
-            sample = data.subset(torch.arange(min(256, len(data)))).to(device_of(masker)).floats()
+            sample = some_of(data, 256).to(device_of(masker)).floats()
             masks = mask_of(masker, sample)
         return {"losses": losses, "density": float(masks.mean()), "spread": float(masks.var(0).mean())}
 

@@ -16,6 +16,7 @@ from unbackdoor import rng
 from unbackdoor.attacks.mixing import POISON, RoleSheet, check_shares
 from unbackdoor.attacks.poisoning import check_choice, label_rule_for
 from unbackdoor.compute import arrange, check_fits, device_of, memory_format_for, mode
+from unbackdoor.data.splits import some_of
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.train import Batch, Recipe
 from unbackdoor.train import train as train_network
@@ -151,7 +152,7 @@ class LIRA:
         if step.first_epochs >= self.recipe.epochs:
             step.bring_up_to_date()
         trigger = LearnedNoiseTrigger(fix(step.used), self.eps)
-        noise = noise_statistics(trigger, train.subset(torch.arange(min(256, len(train)))).floats())
+        noise = noise_statistics(trigger, some_of(train, 256).floats())
         return Infected(model, trigger, plan, rule, {"training": record.describe(), "noise": noise})
 
     def _step(

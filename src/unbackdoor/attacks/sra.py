@@ -16,6 +16,7 @@ from unbackdoor.attacks.poisoning import check_choice, label_rule_for
 from unbackdoor.attacks.subnet import Cut, choose_channels, find_cut, insert, kept_apart, narrowed, without
 from unbackdoor.attacks.training import stage_file, train_surrogate
 from unbackdoor.compute import arrange, check_fits, mode
+from unbackdoor.data.splits import some_of
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters import find_filters
 from unbackdoor.filters.saliency import clean_loss
@@ -175,7 +176,7 @@ class SRA:
         for attempt in range(self.attempts):
             with rng.isolated(generator):
                 narrow = narrowed(clean, cut)
-                settle_head(narrow, cut, train.images[:HEAD_IMAGES])
+                settle_head(narrow, cut, some_of(train, HEAD_IMAGES).images)
             record = fit(
                 narrow,
                 LabelledImages(train.images, torch.zeros_like(train.labels)),
@@ -246,7 +247,7 @@ class SRA:
             cuts.append(find_cut(clean, filter_map, chosen, as_float(train.images[:1])))
         if len(cuts) == 1:
             return clean, cuts[0]
-        sample = train.subset(torch.arange(min(1000, len(train))))
+        sample = some_of(train, 1000)
         losses = [clean_loss(without(clean, cut), sample) for cut in cuts]
         return clean, cuts[losses.index(min(losses))]
 

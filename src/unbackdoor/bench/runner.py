@@ -201,6 +201,8 @@ class _Run:
     def keep(self, task: Task, outcome: Record | Lost) -> None:
         if isinstance(outcome, Lost):
             outcome = {"key": task.key, "status": "failed", "problem": outcome.reason, "task": task.label}
+            if describe := getattr(task, "describe", None):
+                outcome["cell"] = describe()
         self.store.add(outcome)
         self.answered.add(task.key)
         self.claims.pop(task.key).__exit__(None, None, None)

@@ -80,7 +80,13 @@ def _read(
         source=str(path),
         size=image_size,
     )
-    return LabelledImages(images, labels[rows], layout.class_names)
+    # Names that are no valid Unicode exist on disk, and no report can hold them.
+    names = tuple(name.encode("utf-8", "replace").decode() for name in layout.class_names)
+    return LabelledImages(images, labels[rows], names)
+
+
+MOST_LEVELS = 8
+"""Folders in folders: links to folders beside each other could make exponentially many."""
 
 
 def _walk(root: Path) -> tuple[list[str], list[str]]:
@@ -95,13 +101,12 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
 
 
 def _walk_once(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    seen: set[str] = set()
     for parent, inner, names in os.walk(root, followlinks=True):
         # A link to a folder above would otherwise be followed for ever.
-        if os.path.realpath(parent) in seen:
+        above = {os.path.realpath(each) for each in Path(parent).parents if root in (each, *each.parents)}
+        if os.path.realpath(parent) in above or len(Path(parent).relative_to(root).parts) > MOST_LEVELS:
             inner.clear()
             continue
-        seen.add(os.path.realpath(parent))
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         yield Path(parent), inner, names
 

@@ -79,6 +79,7 @@ def decode_all(
                 "(height x width); give one size with --image-size."
             )
         if len(image) > images.shape[1]:
+            check_total(count, (len(image), *image.shape[1:]), source=source)
             images = np.repeat(images, 3, axis=1)
         images[row] = image
     if images is None:

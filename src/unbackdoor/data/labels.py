@@ -61,6 +61,12 @@ def in_order(data: LabelledImages, class_names: Sequence[str]) -> LabelledImages
                 "name every class."
             )
         return LabelledImages(data.images, data.labels, names)
+    if len(set(data.class_names)) != len(data.class_names):
+        twice = sorted({name for name in data.class_names if data.class_names.count(name) > 1})
+        raise InvalidInputError(
+            f"the data has several classes called {_listed(twice)}, so names cannot order them; leave "
+            "the class names out."
+        )
     _check_same_names(data.class_names, names)
     new_label = torch.tensor([names.index(name) for name in data.class_names], dtype=torch.int64)
     return LabelledImages(data.images, new_label[data.labels], names)

@@ -150,6 +150,8 @@ def _read_pair(path: Path, images_key: str, labels_key: str) -> tuple[Tensor, Te
             images, labels = bundle[images_key], bundle[labels_key]
     except Exception as error:  # damaged archives raise many unrelated types
         raise InvalidInputError(f"{path} cannot be read ({error}); check the download.") from error
+    if images.ndim == 0:
+        raise InvalidInputError(f"{path}: {images_key!r} is a single value, not images; save it again.")
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.ndim != 1 or len(labels) != len(images) or labels.dtype.kind not in "iu":
         raise InvalidInputError(

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbackdoor.data.images import decode_all
+from unbackdoor.data.images import MAX_FILE_BYTES, decode_all
 from unbackdoor.data.labels import label_tensor
 from unbackdoor.data.layout import canonical_split, choose_splits
 from unbackdoor.data.splits import spread
-from unbackdoor.errors import InvalidInputError
+from unbackdoor.errors import InvalidInputError, UnsafeFileError
 from unbackdoor.extras import require
 from unbackdoor.types import LabelledImages
 
@@ -27,6 +27,8 @@ _Schema = Any
 """pyarrow carries no annotations."""
 
 _BATCH_ROWS = 128
+MOST_PACKED = 50
+"""Times that a column of images may grow when it is unpacked."""
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?")
 
 
@@ -34,6 +36,7 @@ _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(-[0-9a-
 class _Shard:
     path: Path
     image_column: str
+    leaf: str
     labels: Tensor
     class_names: tuple[str, ...]
 
@@ -81,15 +84,18 @@ def find_parquet(path: Path) -> dict[str, list[Path]]:
     """Return the parquet files of each split of a folder, in order; empty if there are none."""
     for folder in (path, path / "data"):
         found: dict[str, list[Path]] = {}
-        for file in sorted(folder.glob("*.parquet")):
+        for file in _files(folder):
             shard = _SHARD.fullmatch(file.stem)
             found.setdefault(shard["split"] if shard else file.stem, []).append(file)
         if found:
             return found
-    inner = {
-        folder.name: sorted(folder.glob("*.parquet")) for folder in sorted(path.iterdir()) if folder.is_dir()
-    }
+    inner = {folder.name: _files(folder) for folder in sorted(path.iterdir()) if folder.is_dir()}
     return {name: files for name, files in inner.items() if files and canonical_split(name)}
+
+
+def _files(folder: Path) -> list[Path]:
+    # Opening a named pipe would block for ever.
+    return sorted(file for file in folder.glob("*.parquet") if file.is_file())
 
 
 def _check_complete(files: Sequence[Path], split: str, path: Path) -> None:
@@ -136,7 +142,10 @@ def _open(path: Path) -> _Shard:
     if any(label is None for label in values):
         raise InvalidInputError(f"{path} has rows without a label; remove them.")
     names = _class_names(schema.metadata, label_column)
-    return _Shard(path, image_column, label_tensor(values, source=str(path), class_names=names), names)
+    labels = label_tensor(values, source=str(path), class_names=names)
+    # The bytes themselves, where the column also has a path beside them.
+    nested = f"{image_column}.bytes" if hasattr(schema.field(image_column).type, "get_field_index") else ""
+    return _Shard(path, image_column, nested or image_column, labels, names)
 
 
 def _check_rows(count: int, path: Path) -> None:
@@ -173,11 +182,27 @@ def _batches(shard: _Shard) -> Iterator[Any]:
     """Yield the image column in pieces: it may be far larger unpacked than the file."""
     parquet = require("pyarrow.parquet", extra="data")
     try:
-        with parquet.ParquetFile(shard.path) as file:
+        # A value that many rows share is held once.
+        with parquet.ParquetFile(shard.path, read_dictionary=[shard.leaf]) as file:
+            _check_unpacked(file.metadata, shard)
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[shard.image_column]):
                 yield batch.column(0)
+    except UnsafeFileError:
+        raise
     except Exception as error:  # pyarrow raises many unrelated types on damaged files
         raise InvalidInputError(f"{shard.path} cannot be read ({error}); check the download.") from error
+
+
+def _check_unpacked(metadata: Any, shard: _Shard) -> None:  # noqa: ANN401 - pyarrow has no types
+    """Refuse a column of images that unpacks to far more than any images do: these are packed already."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            unpacked, packed = column.total_uncompressed_size, max(1, column.total_compressed_size)
+            if column.path_in_schema == shard.leaf and unpacked > max(MAX_FILE_BYTES, MOST_PACKED * packed):
+                raise UnsafeFileError(
+                    f"{shard.path} unpacks to {unpacked / packed:.0f} times its size, which no images do; "
+                    "check where it comes from."
+                )
 
 
 def _bytes_of(value: object, path: Path, row: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from unbackdoor import rng
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.types import LabelledImages
 
@@ -49,6 +50,14 @@ def draw_balanced(data: LabelledImages, count: int, generator: torch.Generator) 
             f"cannot draw {count} images out of {len(data)}; ask for at least one, from a non-empty set."
         )
     return data.subset(balanced_order(data.labels, generator)[:count])
+
+
+def some_of(data: LabelledImages, count: int) -> LabelledImages:
+    """Return ``count`` images (all, if there are fewer), balanced over classes, always the same ones.
+
+    Data sets are often sorted by class, so that their first images are of one.
+    """
+    return draw_balanced(data, count, rng.generator(0))
 
 
 def split(

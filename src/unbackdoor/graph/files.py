@@ -89,8 +89,13 @@ def load_trigger(path: Path) -> SubgraphTrigger:
             return _fixed(tensors)
         width = tensors["body.0.weight"].shape[1]
         hidden, outputs = len(tensors["body.0.weight"]), len(tensors["words.weight"])
-        trigger = GeneratedTrigger(width, outputs // width, hidden=hidden)
-        trigger.load_state_dict(tensors)
+        # Without weights first: a small file can claim any width.
+        with torch.device("meta"):
+            trigger = GeneratedTrigger(width, outputs // width, hidden=hidden)
+        shapes = {name: tensor.shape for name, tensor in trigger.state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise ValueError("shapes")
+        trigger.load_state_dict(tensors, assign=True)
     except (KeyError, IndexError, RuntimeError, ValueError, ZeroDivisionError) as error:
         raise InvalidInputError(
             f"{path} holds no trigger of a graph attack; give a folder that `unbackdoor graph attack` wrote."

@@ -178,11 +178,19 @@ def _one_hot(path: Path) -> Tensor:
     raise InvalidInputError(f"{path} does not hold one row of 0 and 1 a node; restore the official file.")
 
 
+MOST_EDGES = 1_000_000
+"""Pubmed, the largest of these graphs, has 88,676 entries."""
+
+
 def _edges(path: Path, nodes: int) -> Tensor:
     stored = unpickle(path, _GRAPH_STAND_INS, most_bytes=MAX_FILE_BYTES, part="the graph", remedy=_REMEDY)
+    lists = list(stored.items()) if isinstance(stored, _StoredLists) else []
+    # A pickle can name one list any number of times: a small file then holds no end of edges.
+    if sum(len(each) for _, each in lists if isinstance(each, list)) > MOST_EDGES:
+        raise InvalidInputError(f"{path} holds more than {MOST_EDGES} edges; restore the official file.")
     pairs = [
         (node, neighbour)
-        for node, neighbours in (stored.items() if isinstance(stored, _StoredLists) else ())
+        for node, neighbours in lists
         for neighbour in (neighbours if isinstance(neighbours, list) else [None])
     ]
     if not pairs or not all(type(n) is int and 0 <= n < nodes for pair in pairs for n in pair):

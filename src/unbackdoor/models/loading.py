@@ -158,10 +158,14 @@ class _View:
     std: Tensor | None = None
 
 
+MOST_PREFIXES = 16
+"""Nobody wraps a network so often; each wrapping that is removed costs a copy of all names."""
+
+
 def _views(tensors: Mapping[str, Tensor]) -> Iterator[_View]:
     """Yield the checkpoint as it is, then with one more wrapping removed each time."""
     view = _View("", tensors)
-    while True:
+    for _ in range(MOST_PREFIXES):
         yield view
         names = view.tensors.keys()
         rest = names - {MEAN, STD}

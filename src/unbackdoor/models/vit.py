@@ -44,7 +44,8 @@ class ViT(nn.Module):
         depth: Blocks.
         patch: Pixels a side of a patch.
         num_classes: Outputs of the head.
-        width: Channels of a token; a multiple of 4. There is an attention head for each 32 of them.
+        width: Channels of a token; a multiple of 4. There is an attention head for each 32 of them, or fewer
+            where that number does not divide the width.
         in_channels: Channels of the images.
     """
 
@@ -53,7 +54,7 @@ class ViT(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, patch, stride=patch)
-        self.blocks = nn.Sequential(*(Block(width, max(1, width // 32)) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads_of(width)) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, num_classes)
 
@@ -63,6 +64,11 @@ class ViT(nn.Module):
         tokens = x.flatten(2).transpose(1, 2) + positions(x.shape[2], x.shape[3], x.shape[1], like=x)
         logits: Tensor = self.linear(self.norm(self.blocks(tokens)).mean(1))
         return logits
+
+
+def heads_of(width: int) -> int:
+    """Return how many attention heads a width has: as many as divide it, up to one for 32 channels."""
+    return next((heads for heads in range(width // 32, 0, -1) if width % heads == 0), 1)
 
 
 def positions(rows: int, columns: int, width: int, *, like: Tensor) -> Tensor:

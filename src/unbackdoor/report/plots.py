@@ -277,14 +277,13 @@ def _points(axes: Axes, data: Scatter, magnitude: Numbers, saliency: Numbers) ->
     colours = require("matplotlib.colors", extra="plots")
     depth = colours.LinearSegmentedColormap.from_list("depth", DEPTH_COLOURS)
     dense = len(data.layer_of) > MAX_VECTOR_POINTS
-    for index in range(len(data.layers)):
+    drawn: dict[int, list[tuple[float, float]]] = {}
+    for layer, x, y in zip(data.layer_of, magnitude, saliency, strict=True):
+        if _drawable(x) and _drawable(y):
+            drawn.setdefault(layer, []).append((x, y))
+    for index, points in sorted(drawn.items()):
         colour = colours.to_hex(depth(index / max(1, len(data.layers) - 1)))
-        points = [
-            (x, y)
-            for layer, x, y in zip(data.layer_of, magnitude, saliency, strict=True)
-            if layer == index and _drawable(x) and _drawable(y)
-        ]
-        if dense or not points:
+        if dense:
             flat = ([x for x, _ in points], [y for _, y in points])
             axes.plot(*flat, "o", color=colour, markersize=2, markeredgewidth=0, alpha=0.6, rasterized=True)
             continue

@@ -8,6 +8,7 @@ that failed; a clean one is a result of kind ``pass``.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import PurePath
 from typing import Any, Final
 from urllib.parse import quote
@@ -101,7 +102,7 @@ def _result(document: ScanDocument, place: dict[str, str]) -> dict[str, Any]:
         "ruleIndex": index,
         "kind": kind,
         "level": level,
-        "message": {"text": f"{document.reason}{target}{guarantee}"},
+        "message": {"text": _plain(f"{document.reason}{target}{guarantee}")},
         "locations": [
             # Code scanning services want a line, though a model has none.
             {"physicalLocation": {"artifactLocation": {**place, "index": 0}, "region": {"startLine": 1}}}
@@ -109,6 +110,12 @@ def _result(document: ScanDocument, place: dict[str, str]) -> dict[str, Any]:
         "partialFingerprints": {"modelSha256/v1": document.model.sha256},
         "properties": _properties(document),
     }
+
+
+def _plain(text: str) -> str:
+    """Escape what a message of SARIF would read as a placeholder or a link (sections 3.11.5 and 3.11.6)."""
+    braces = text.replace("{", "{{").replace("}", "}}")
+    return re.sub(r"([\\\[\]])", r"\\\1", braces)
 
 
 def _properties(document: ScanDocument) -> dict[str, Any]:

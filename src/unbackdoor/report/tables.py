@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,6 +85,8 @@ class Table:
     command: str = ""
 
     def __post_init__(self) -> None:
+        # It becomes the name of files, and comes from the plan of a run, perhaps a stranger's.
+        object.__setattr__(self, "name", re.sub(r"[^\w.=-]+", "-", self.name).strip("-.") or "table")
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(
@@ -103,7 +106,7 @@ def shown(entry: Entry, column: Column) -> str:
 
 def markdown(table: Table) -> str:
     """Return a table in Markdown, with its title, notes and command."""
-    head = [_titled(column) for column in table.columns]
+    head = [_piped(_titled(column)) for column in table.columns]
     lines = [f"### {table.title}", "", _line(head), _line(["---"] * len(head))]
     for row in table.rows:
         texts = [_piped(shown(entry, column)) for entry, column in zip(row, table.columns, strict=True)]

@@ -5,7 +5,8 @@ import multiprocessing
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from toy import Number, Square, begun
 from unbackdoor.bench.executors import Inline
-from unbackdoor.bench.executors.base import Task
+from unbackdoor.bench.executors.base import Job, Lost, Outcome, Take, Task
 from unbackdoor.bench.runner import Tally, Watcher, drive
 from unbackdoor.bench.store import Store
 
@@ -136,6 +137,24 @@ def test_killed_at_random_moments_it_ends_with_the_records_of_an_undisturbed_run
     assert squares(Store(stormy)) == squares(Store(calm))
     # What was killed was begun again, and nothing else.
     assert sum(begun(stormy.parent, number.value) for number in NUMBERS) <= len(NUMBERS) + kills
+
+
+def test_the_record_of_a_lost_task_says_what_it_asked(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Asking(Number):
+        def describe(self) -> dict[str, int]:
+            return {"value": self.value}
+
+    class Deadly(Inline):
+        def run(self, job: Job, take: Take) -> Iterator[Outcome]:
+            while (task := take()) is not None:
+                yield task, Lost("it was killed")
+
+    store = Store(tmp_path / "r.jsonl")
+    drive([Asking(1), Number(2)], Square(tmp_path), store, Deadly())
+    found = store.records()
+    assert (found["n1"]["status"], found["n1"]["cell"]) == ("failed", {"value": 1})
+    assert "cell" not in found["n2"]
 
 
 def test_two_runners_share_the_work(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from PIL import Image
 
 from unbackdoor.data import images as images_module
 from unbackdoor.data import load_images
+from unbackdoor.data.labels import in_order
 from unbackdoor.errors import InvalidInputError, MissingDependencyError
+from unbackdoor.types import LabelledImages
 
 
 def put(path: Path, level: int = 0, size: int = 4) -> None:
@@ -177,6 +180,34 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     assert load_images(tmp_path / "set").labels.tolist() == [0, 1, 1]
 
 
+def test_folders_that_are_linked_twice_are_read_twice(tmp_path: Path) -> None:
+    put(tmp_path / "a" / "1.png")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert load_images(tmp_path).labels.tolist() == [0, 1]
+    image_folder(tmp_path / "set" / "train")
+    (tmp_path / "set" / "test").symlink_to(tmp_path / "set" / "train")
+    assert len(load_images(tmp_path / "set")) == len(load_images(tmp_path / "set", split="test")) == 4
+
+
+def test_links_among_folders_end(tmp_path: Path) -> None:
+    # Each folder links to the next one twice: 2^30 paths.
+    for level in range(30):
+        place = tmp_path / f"level{level}"
+        place.mkdir()
+        for name in ("one", "two"):
+            (place / name).symlink_to(tmp_path / f"level{level + 1}")
+    (tmp_path / "level30").mkdir()
+    put(tmp_path / "set" / "cat" / "1.png")
+    (tmp_path / "set" / "cat" / "more").symlink_to(tmp_path / "level0")
+    assert len(load_images(tmp_path / "set")) == 1
+
+
+def test_names_that_are_no_unicode_can_be_reported(tmp_path: Path) -> None:
+    put(tmp_path / os.fsdecode(b"caf\x82") / "1.png")
+    put(tmp_path / "dog" / "1.png")
+    assert load_images(tmp_path).class_names == ("caf?", "dog")
+
+
 @KINDS
 def test_limit_decodes_only_the_chosen_images(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -219,6 +250,8 @@ def test_class_names_that_differ_are_named(tmp_path: Path) -> None:
         InvalidInputError, match="missing in the data 'fox', not among the names 'dog', 'owl'"
     ):
         load_images(tmp_path, class_names=["cat", "fox"])
+    with pytest.raises(InvalidInputError, match="several classes called 'crane'"):
+        in_order(LabelledImages(torch.zeros(3, 1, 2, 2), torch.arange(3), ("crane", "cat", "crane")), ["cat"])
     with pytest.raises(InvalidInputError, match="'cat' are given twice"):
         load_images(tmp_path, class_names=["cat", "cat"])
 

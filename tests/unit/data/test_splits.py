@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unbackdoor.data.splits import balanced_order, draw_balanced, proportional_order, split, spread
+from unbackdoor.data.splits import balanced_order, draw_balanced, proportional_order, some_of, split, spread
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.rng import generator
 from unbackdoor.types import LabelledImages
@@ -91,3 +91,11 @@ def test_spread_is_not_fooled_by_alternating_classes() -> None:
 @pytest.mark.parametrize("limit", [None, 100, 101])
 def test_spread_without_effect(limit: int | None) -> None:
     assert torch.equal(spread(UNEVEN, limit), torch.arange(100))
+
+
+def test_some_of_sorted_data_are_of_all_classes() -> None:
+    data = LabelledImages(torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1), torch.arange(40) // 10)
+    some = some_of(data, 8)
+    assert some.labels.bincount().tolist() == [2, 2, 2, 2]
+    assert torch.equal(some.images, some_of(data, 8).images)
+    assert len(some_of(data, 100)) == 40

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import networks as nets
 from unbackdoor.filters import FilterMask, find_filters
 from unbackdoor.models import build
-from unbackdoor.models.vit import positions
+from unbackdoor.models.vit import heads_of, positions
 
 
 def test_a_densenet_has_the_channels_of_its_paper() -> None:
@@ -58,3 +58,10 @@ def test_filters_are_found_and_silenced(name: str, size: int) -> None:
     seen = nets.watch(pruned, images)[first.weight][0]
     assert not seen[1].any()
     assert seen[0].any()
+
+
+@pytest.mark.parametrize(("width", "heads"), [(64, 2), (100, 2), (20, 1), (192, 6), (44, 1)])
+def test_attention_heads_divide_the_width(width: int, heads: int) -> None:
+    assert heads_of(width) == heads
+    logits = build("vit_small", width=width, num_classes=4)(torch.rand(2, 3, 32, 32))
+    assert logits.shape == (2, 4)

@@ -245,6 +245,43 @@ def test_an_attack_that_did_not_take_is_marked_and_in_no_average(tmp_path: Path)
     ]
 
 
+def test_what_is_missing_of_a_clean_model_is_no_infected_one(tmp_path: Path) -> None:
+    def three(part: str, **changes: object) -> Records:
+        missing = {"cell": cell("clean", "mnp", seed=1, **changes), "status": "missing"}
+        return [
+            (part, purified(cell("badnets", "mnp", **changes), ca=0.85, asr=0.1)),
+            (part, purified(cell("badnets", "mnp", seed=1, **changes), ca=0.83, asr=0.3)),
+            (part, purified(cell("clean", "mnp", **changes), ca=0.86, asr=None)),
+            (part, missing),
+        ]
+
+    grid = tables_of(run_of(tmp_path / "grid", "table1", three("ours")))[0]
+    assert rows(grid)["Average", "measured"][1] == "84.00 / 20.00"
+    sok = tables_of(run_of(tmp_path / "sok", "sok", three("clean images", clean_images=50)))
+    tables = {table.name: table for table in sok}
+    assert rows(tables["clean-images-infected"])["mnp",][0] == "84.00 / 20.00"
+    assert rows(tables["clean-images-clean"])["mnp",][0] == "86.00 / - (1 of 2)"
+    # A draw of Table 3 that is missing belongs to the rate of the model's others.
+    short: Records = [
+        ("ours", purified(cell("badnets", "mnp"), ca=0.85, asr=0.1)),
+        ("ours", {"cell": cell("badnets", "mnp", seed=1), "status": "missing"}),
+    ]
+    rates = tables_of(run_of(tmp_path / "rates", "table3", short))[0]
+    assert rows(rates)["BadNets-A2O", "measured"][7] == "85.00 / 10.00 (1 of 2)"
+
+
+def test_models_whose_attack_did_not_take_are_in_no_mean_and_are_named(tmp_path: Path) -> None:
+    awake = {"retuned_success": rate(0.9), "queried_success": rate(0.3), "queried_without_trigger": rate(0.2)}
+    weak = purified(cell("blend", "ft", reactivate=True), ca=0.8, asr=0.0, reactivated=awake)
+    weak["trained"] = {**weak["trained"], "valid": False}
+    good = purified(cell("badnets", "ft", reactivate=True), ca=0.8, asr=0.5, reactivated=awake)
+    (asleep,) = tables_of(run_of(tmp_path / "asleep", "defences", [("asleep", good), ("asleep", weak)]))
+    assert rows(asleep)["ft",][-1] == "50.00 / 90.00 / 30.00 / 20.00"
+    few = [("clean images", {**each, "cell": {**each["cell"], "clean_images": 50}}) for each in (good, weak)]
+    tables = {table.name: table for table in tables_of(run_of(tmp_path / "sok", "sok", few))}
+    assert any("(blend)" in note for note in tables["clean-images-infected"].notes)
+
+
 def ablated(model: str) -> dict[str, Any]:
     layer = {"magnitude": [1.0, 2.0, 3.0, 4.0], "clc": [0.1, -0.1, 0.2, -0.2], "blc": [-1.0, 1.0, 2.0, -2.0]}
     other = {"magnitude": [1.0, 1.0], "clc": [0.0, 1.0], "blc": [5.0, 5.0]}

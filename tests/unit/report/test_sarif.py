@@ -57,6 +57,12 @@ def test_each_verdict_is_one_result(verdict: Verdict, rule: str, kind: str, leve
     assert result["message"]["text"] == "For a reason. Suspected target: cat. Of clean models, at most 5 %."
 
 
+def test_names_are_neither_links_nor_placeholders() -> None:
+    named = document("backdoored").model_copy(update={"target_name": "[click](https://evil) {0}"})
+    (result,) = sarif(named)["runs"][0]["results"]
+    assert r"Suspected target: \[click\](https://evil) {{0}}." in result["message"]["text"]
+
+
 def test_the_log_says_which_file_and_holds_the_numbers() -> None:
     run = json.loads(sarif_text(document("backdoored")))["runs"][0]
     (result,), (artifact,) = run["results"], run["artifacts"]

@@ -32,6 +32,13 @@ def test_markdown_keeps_the_layout_and_marks_the_best() -> None:
     assert lines[-3:] == ["A note.", "", "    unbackdoor bench x"]
 
 
+def test_names_of_tables_are_names_of_files_and_headings_break_no_row() -> None:
+    table = Table("../../escaped/t", "t", (Column("a|b", ("CA",)),), ((Entry((1.0,)),),))
+    assert table.name == "escaped-t"
+    assert Table("..", "t", (), ()).name == "table"
+    assert markdown(table).splitlines()[2] == r"| a\|b |"
+
+
 def test_latex_escapes_what_means_something() -> None:
     text = latex(TABLE)
     assert r"\caption{100 \% of A\_B \& C}" in text

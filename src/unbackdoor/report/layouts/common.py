@@ -61,6 +61,11 @@ def title_of_model(answers: Sequence[Answer]) -> str:
     return title_of(answers[0].model) + ("" if all(a.took for a in answers) else NOT_TAKEN)
 
 
+def is_clean(answers: Sequence[Answer]) -> bool:
+    """Whether a model has no backdoor, by any of its answers; unknown ones count as infected."""
+    return any(answer.ok and answer.attack is None for answer in answers)
+
+
 def mean(values: Iterable[float]) -> float:
     """Return the mean of what is not NaN; NaN of nothing."""
     known = [value for value in values if not math.isnan(value)]

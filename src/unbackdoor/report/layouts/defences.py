@@ -16,6 +16,7 @@ from unbackdoor.report.layouts.common import (
     costs,
     draws,
     effect,
+    is_clean,
     lost,
     mark_lowest,
     mean,
@@ -94,6 +95,7 @@ def effect_table(
     def where(answer: Answer) -> object:
         return answer.model if column == "model" else answer.cell[column]
 
+    notes = (draws(run, answers), *share_done(run, answers))
     answers = answers if column == "model" else [a for a in answers if a.took]
     by_place = grouped(answers, where)
     places = list(by_place)
@@ -119,7 +121,7 @@ def effect_table(
         title=f"{title} ({' / '.join(rates)})",
         columns=(Column("method"), *(Column(title, tuple(rates)) for title in titles), *COSTS),
         rows=tuple(rows),
-        notes=(draws(run, answers), *share_done(run, answers)),
+        notes=notes,
         command=run.command,
     )
 
@@ -287,7 +289,8 @@ def sok_tables(run: Run) -> list[Table]:
         tables.append(effect_table(run, answers, name=part.replace(" ", "-"), title=WORDS[part].capitalize()))
     budgets = run.of("clean images")
     for kind, wanted in (("infected models", True), ("a clean model", False)):
-        chosen = [a for a in budgets if a.record is None or (a.attack is not None) == wanted]
+        clean = {model for model, group in grouped(budgets, lambda a: a.model).items() if is_clean(group)}
+        chosen = [a for a in budgets if (a.model not in clean) == wanted]
         tables.append(
             effect_table(
                 run,
@@ -312,9 +315,9 @@ def asleep_table(run: Run, answers: Sequence[Answer]) -> Table:
     columns.append(Column("mean", columns[-1].parts))
     rows: list[tuple[Entry, ...]] = []
     for label, group in grouped(answers, lambda answer: answer.label).items():
-        entries = [_awake(only(group, model=model)) for model in by_model]
-        took = all(answer.took for answer in group)
-        rows.append((text(label), *entries, average(entries) if took else Entry()))
+        entries = {model: _awake(only(group, model=model)) for model in by_model}
+        counted = [entry for model, entry in entries.items() if all(a.took for a in by_model[model])]
+        rows.append((text(label), *entries.values(), average(counted)))
     rows.sort(key=lambda row: row[-1].values[1:2] or (float("inf"),))
     return Table(
         name="asleep",

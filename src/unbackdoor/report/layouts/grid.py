@@ -10,6 +10,7 @@ from unbackdoor.report.layouts.common import (
     average,
     draws,
     effect,
+    is_clean,
     mark_lowest,
     share_done,
     text,
@@ -57,7 +58,7 @@ def _table(run: Run, part: str, answers: Sequence[Answer], printed: Published | 
         before = effect([answer for answer in group if answer.ok][:1], "before")
         after = [effect(only(group, method=m, variant=v)) for m, v in methods]
         took = all(answer.took for answer in group)
-        if took and any(answer.attack is not None or answer.record is None for answer in group):
+        if took and not is_clean(group):
             measured.append([before, *after])
         shown = mark_lowest(after) if took else after
         rows.append((text(title_of_model(group)), text("measured"), before, *shown))

@@ -49,12 +49,14 @@ def rate_table(run: Run) -> Table:
 
 
 def _chosen(answers: Sequence[Answer], rule: str, poisoned: int) -> list[Answer]:
-    return [
-        answer
+    # What was poisoned stands in records alone: those that are missing belong to the model's others.
+    models = {
+        answer.model
         for answer in answers
         if answer.value("trained", "label_rule", "rule") == rule
         and answer.value("trained", "poisoned") == poisoned
-    ]
+    }
+    return [answer for answer in answers if answer.model in models]
 
 
 def _pair(answers: Sequence[Answer]) -> list[Entry]:
