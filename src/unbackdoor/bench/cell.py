@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from unbackdoor.catalogue import dashed
+
 Task = Literal["purify", "detect", "ablate"]
 
 VERSION = 1
@@ -76,7 +78,8 @@ class Cell:
         task = f" {self.task}" if self.task != "purify" else ""
         images = f" {self.clean_images} images" if self.clean_images != USUAL_IMAGES else ""
         what = task_label(self.model, self.method, self.paper, self.options)
-        return f"{what}{task}{images} seed {self.seed}"
+        reactivated = " reactivated" if self.reactivate else ""
+        return f"{what}{task}{images}{reactivated} seed {self.seed}"
 
     @property
     def group(self) -> str:
@@ -89,7 +92,7 @@ def task_label(model: str, method: str, paper: bool, options: Mapping[str, str])
     words = ["paper"] if paper else []
     words += [f"{name}={value}" for name, value in options.items()]
     settings = f" ({', '.join(words)})" if words else ""
-    return f"{model} {method}{settings}"
+    return f"{model} {dashed(method)}{settings}"
 
 
 def data_argument(data: str) -> str:

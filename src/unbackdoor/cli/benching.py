@@ -21,6 +21,7 @@ from unbackdoor.bench.runner import Tally, drive
 from unbackdoor.bench.store import Store
 from unbackdoor.bench.suite import Plan, Suite, read_suite, suite_names
 from unbackdoor.bench.training import CLEAN
+from unbackdoor.catalogue import dashed
 from unbackdoor.cli import console
 from unbackdoor.cli.display import Display
 from unbackdoor.data import load_images
@@ -189,7 +190,8 @@ def pairs(resources: Sequence[str]) -> dict[str, str]:
 
 
 def _fits(label: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(label, pattern) for pattern in patterns)
+    # Methods are written with dashes, and in Python with underscores.
+    return any(fnmatch.fnmatch(label, each) for pattern in patterns for each in (pattern, dashed(pattern)))
 
 
 def _keep_plan(plan: Plan, folder: Path, fingerprint: str) -> None:

@@ -231,7 +231,7 @@ def test_what_is_no_suite_is_refused(suite: Path, change: tuple[str, str], sente
 
 
 def test_questions_of_one_suite_have_labels_of_their_own() -> None:
-    for name in ("smoke", "table4", "ablations"):
+    for name in ("smoke", "table4", "ablations", "defences"):
         cells = Plan.of(read_suite(name), "cpu", PLACES, "data").models_of
         labels: list[str] = []
         cells(lambda label, seen=labels: seen.append(label) is None)  # type: ignore[misc]
