@@ -126,10 +126,10 @@ def test_old_questions_keep_their_keys_and_new_ones_have_others(bench: Bench) ->
     assert not {"task", "samples", "method_version", "oracle"} & set(one.describe())
     changes: list[dict[str, Any]] = [{}, {"method_version": 2}, {"samples": 5}, {"oracle": True}]
     assert len({replace(one, **change).key for change in changes}) == 4
-    assert one.label == "badnets clp 32 images seed 0"
-    asleep = replace(one, method="ft_sam", clean_images=500, reactivate=True)
-    assert asleep.label == "badnets ft-sam reactivated seed 0"
-    assert replace(one, paper=True, options={"u": "2"}).label == "badnets clp (paper, u=2) 32 images seed 0"
+    assert one.label == "badnets clp 32 images reactivated seed 0"
+    assert replace(one, method="ft_sam", clean_images=500).label == "badnets ft-sam reactivated seed 0"
+    plain = replace(one, reactivate=False, paper=True, options={"u": "2"})
+    assert plain.label == "badnets clp (paper, u=2) 32 images seed 0"
 
 
 def test_a_record_has_a_log_the_courses_and_how_the_model_was_made(bench: Bench) -> None:
