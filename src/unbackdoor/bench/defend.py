@@ -208,11 +208,22 @@ def cell_of(
         method=one.name,
         paper=paper,
         options=dict(options or {}),
-        settings={option.path: option.default for option in options_of(one)},
+        settings=settings_of(one),
         task=task,
         method_version=version_of(type(one)),
         **rest,
     )
+
+
+LATER_OPTIONS = {"mnp": {"relearning.path_radius": "0"}}
+"""Options that came after the first records, with what was meant before: equal questions keep their keys."""
+
+
+def settings_of(method: Any) -> dict[str, str]:  # noqa: ANN401 - one of many dataclasses
+    """Return all options of a method by path, but for those that came later and are as they were before."""
+    later = LATER_OPTIONS.get(method.name, {})
+    found = {option.path: option.default for option in options_of(method)}
+    return {path: value for path, value in found.items() if later.get(path) != value}
 
 
 def run(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from unbackdoor.compute import device_of, logits_of
@@ -27,9 +29,18 @@ class Relearning:
     1503.02531), so that a few hundred images are not fitted anew; there is no augmentation, which would
     move the trigger and ask for answers that nobody gave.
 
+    What is unlearnt so can be woken: a few poisoned images bring it back. With ``path_radius`` the gradient
+    is taken a step back on the way to the suspect, so that the survivors ignore the triggers there, too.
+    Source: path-aware minimisation (Min, Qin, Zhang, Shen, Cheng, "Uncovering, Explaining, and Mitigating the
+    Superficial Safety of Backdoor Defense", NeurIPS 2024, arXiv 2410.09838): ``d = theta_suspect - theta``,
+    gradient at ``theta + rho d / |d|``, step at ``theta``. Deviations: distillation in place of labels, and
+    inverted triggers in place of those of a trained generator.
+
     Args:
         recipe: Schedule; its epochs are passes over the clean images.
         stamped_fraction: Share of each batch that carries a trigger, in (0, 1].
+        path_radius: rho, how far back towards the suspect the gradient is taken, in the l2 norm over all
+            parameters; 0 for where the survivors are. The paper's code has 0.5.
     """
 
     recipe: Recipe = field(
@@ -38,10 +49,13 @@ class Relearning:
         )
     )
     stamped_fraction: float = 0.5
+    path_radius: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.stamped_fraction <= 1:
             raise InvalidInputError(f"stamped_fraction must lie in (0, 1], got {self.stamped_fraction}.")
+        if not 0 <= self.path_radius < math.inf:
+            raise InvalidInputError(f"path_radius must be at least 0 and finite, got {self.path_radius}.")
         if self.recipe.crop_padding or self.recipe.flip:
             raise InvalidInputError(
                 "relearning takes the suspect's answers to the images as they are; set recipe.crop_padding "
@@ -81,7 +95,7 @@ def relearn(
         clean,
         options.recipe,
         generator=generator,
-        loss_step=_step(answers, triggers, options.stamped_fraction, restrain),
+        loss_step=_step(answers, triggers, options, restrain, teacher),
         stage="relearning",
         progress=progress,
     )
@@ -93,21 +107,39 @@ def relearn(
 def _step(
     answers: Tensor,
     triggers: Sequence[InvertedTrigger],
-    fraction: float,
+    options: Relearning,
     restrain: Callable[[nn.Module], None],
+    teacher: nn.Module,
 ) -> LossStep:
+    suspect = {name: parameter.detach() for name, parameter in teacher.named_parameters()}
+
     def step(model: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
             restrain(model)
         images = batch.images.clone()
         if triggers:
             # The training loop has fenced torch's global generator off.
-            stamped = torch.randperm(len(images))[: max(1, int(fraction * len(images)))]
+            stamped = torch.randperm(len(images))[: max(1, int(options.stamped_fraction * len(images)))]
             which = torch.randint(len(triggers), (len(stamped),))
             for index, trigger in enumerate(triggers):
                 places = stamped[which == index].to(images.device)
                 images[places] = trigger(images[places])
-        logits = model(images)
+        back = _way_back(model, suspect, options.path_radius) if options.path_radius else {}
+        # The gradient there is that of the parameters here: what is added does not depend on them.
+        there = {name: p + back[name] for name, p in model.named_parameters() if name in back}
+        logits: Tensor = functional_call(model, there, (images,)) if there else model(images)
         return F.kl_div(logits.float().log_softmax(1), answers[batch.indices], reduction="batchmean")
 
     return step
+
+
+@torch.no_grad()
+def _way_back(model: nn.Module, suspect: Mapping[str, Tensor], radius: float) -> dict[str, Tensor]:
+    """Return what leads ``radius`` back to the suspect, by parameter; nothing where that is ``model``."""
+    way = {
+        name: suspect[name].to(parameter.device) - parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+    }
+    length = float(torch.sqrt(sum((step.square().sum() for step in way.values()), torch.zeros(()))))
+    return {name: radius / length * step for name, step in way.items()} if length > 0 else {}

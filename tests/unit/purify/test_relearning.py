@@ -102,3 +102,51 @@ def test_removed_filters_stay_removed() -> None:
 def test_impossible_options_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InvalidInputError, match=sentence):
         Relearning(**options)
+
+
+def test_the_gradient_is_taken_on_the_way_back_and_the_step_where_the_survivors_are() -> None:
+    data = LabelledImages(torch.full((4, 3, 16, 16), 0.2), torch.zeros(4, dtype=torch.int64))
+    white = InvertedTrigger(1, torch.ones(1, 16, 16), torch.ones(3, 16, 16), 256.0, 1.0, True, 0)
+    recipe = Recipe(
+        epochs=1, batch_size=4, learning_rate=0.1, schedule="constant", crop_padding=0, flip=False,
+        momentum=0.0, weight_decay=0.0, precision="fp32",
+    )  # fmt: skip
+    model, suspect = Brightness(), Brightness()
+    with torch.no_grad():
+        suspect.lean.fill_(3.0)
+
+    def loss_at(lean: torch.Tensor) -> torch.Tensor:
+        answer = F.softmax(torch.tensor([0.6, -0.6]), 0)
+        parts = [F.log_softmax(torch.stack([lean * b, -lean * b]), 0) for b in (1.0, 0.2)]
+        return 0.5 * sum(((answer * (answer.log() - part)).sum() for part in parts), torch.zeros(()))
+
+    for radius in (0.0, 0.5):
+        options = Relearning(recipe, path_radius=radius)
+        relearnt, record = relearn(model, suspect, data, [white], options, generator=rng.generator(0))
+        # A radius of 0.5 on the way from 1 to 3.
+        there = torch.tensor(1.0 + radius, requires_grad=True)
+        loss = loss_at(there)
+        (slope,) = torch.autograd.grad(loss, there)
+        assert record.losses[0] == pytest.approx(float(loss.detach()), rel=1e-4)
+        assert float(relearnt.get_parameter("lean").detach()) == pytest.approx(
+            1.0 - 0.1 * float(slope), rel=1e-4
+        )
+
+
+def test_where_nothing_was_changed_there_is_no_way_back() -> None:
+    brief = replace(FIRM, epochs=1, batch_size=64)
+    one, other = (
+        relearn(
+            PLANTED.model, PLANTED.model, CLEAN, [], Relearning(brief, path_radius=radius),
+            generator=rng.generator(0),
+        )[0]
+        for radius in (0.0, 0.5)
+    )  # fmt: skip
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("radius", [-1.0, float("nan"), float("inf")])
+def test_odd_radii_are_refused(radius: float) -> None:
+    with pytest.raises(InvalidInputError, match="path_radius must be at least 0 and finite"):
+        Relearning(path_radius=radius)
