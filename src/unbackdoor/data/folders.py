@@ -104,9 +104,14 @@ def _walk_once(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     for parent, inner, names in os.walk(root, followlinks=True):
         # A link to a folder above would otherwise be followed for ever.
         above = {os.path.realpath(each) for each in Path(parent).parents if root in (each, *each.parents)}
-        if os.path.realpath(parent) in above or len(Path(parent).relative_to(root).parts) > MOST_LEVELS:
+        if os.path.realpath(parent) in above:
             inner.clear()
             continue
+        if len(Path(parent).relative_to(root).parts) > MOST_LEVELS:
+            raise InvalidInputError(
+                f"{parent} lies more than {MOST_LEVELS} folders deep; flatten the folders, or remove "
+                "links among them."
+            )
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         yield Path(parent), inner, names
 

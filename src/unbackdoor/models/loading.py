@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from unbackdoor import rng
@@ -307,14 +307,15 @@ def _classes_of(network: nn.Module, num_classes: int | None, path: Path, *, ask:
 
 
 def _outputs_of(network: nn.Module) -> int | None:
-    """Return how many logits a network has, by asking it; None if it takes none of the usual sizes."""
+    """Return how many logits a network in eval mode has, by asking it; None if it takes no usual size."""
     first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
-    asked = copy.deepcopy(network).eval()  # some networks count or keep statistics, even in eval mode
+    # Copies: some networks count or keep statistics in their buffers, even in eval mode.
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     for size in SIZES:
         images = torch.zeros(1, 3 if first is None else first.in_channels, size, size)
         try:
             with torch.no_grad(), rng.isolated(rng.generator(0)):
-                logits = asked(images)
+                logits = functional_call(network, buffers, (images,))
         except Exception:  # noqa: BLE001, S112 - networks that take one size only say so as they like
             continue
         return int(logits.shape[1]) if isinstance(logits, Tensor) and logits.ndim == 2 else None
