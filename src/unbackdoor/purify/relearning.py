@@ -29,8 +29,9 @@ class Relearning:
     1503.02531), so that a few hundred images are not fitted anew; there is no augmentation, which would
     move the trigger and ask for answers that nobody gave.
 
-    What is unlearnt so can be woken: a few poisoned images bring it back. With ``path_radius`` the gradient
-    is taken a step back on the way to the suspect, so that the survivors ignore the triggers there, too.
+    What is unlearnt so can be woken: after few and small steps, five poisoned images bring it back whole. The
+    schedule is therefore longer than the clean task needs, and with ``path_radius`` the gradient is taken a
+    step back on the way to the suspect, so that the survivors ignore the triggers there, too.
     Source: path-aware minimisation (Min, Qin, Zhang, Shen, Cheng, "Uncovering, Explaining, and Mitigating the
     Superficial Safety of Backdoor Defense", NeurIPS 2024, arXiv 2410.09838): ``d = theta_suspect - theta``,
     gradient at ``theta + rho d / |d|``, step at ``theta``. Deviations: distillation in place of labels, and
@@ -45,11 +46,11 @@ class Relearning:
 
     recipe: Recipe = field(
         default_factory=lambda: Recipe(
-            epochs=5, batch_size=64, learning_rate=0.003, schedule="constant", crop_padding=0, flip=False
+            epochs=15, batch_size=64, learning_rate=0.01, schedule="constant", crop_padding=0, flip=False
         )
     )
     stamped_fraction: float = 0.5
-    path_radius: float = 0.0
+    path_radius: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.stamped_fraction <= 1:
