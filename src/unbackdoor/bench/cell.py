@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from unbackdoor.catalogue import dashed
@@ -71,6 +71,19 @@ class Cell:
     def key(self) -> str:
         """SHA-256 of the canonical JSON text, in hexadecimal: equal cells have equal keys."""
         return key_of({"version": VERSION, **self.describe()})
+
+    def wider(self) -> tuple[Cell, ...]:
+        """Return the cells whose answers hold this one's: the same with a measurement more."""
+        if self.task != "purify":
+            return ()
+        some = (replace(self, reactivate=True), replace(self, oracle=True))
+        return tuple(cell for cell in some if cell != self)
+
+    def narrowed(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answer to this cell out of that to a wider one; ``taken_from`` has the other's key."""
+        extra = {"reactivated": self.reactivate, "oracle_curve": self.oracle}
+        kept = {name: value for name, value in record.items() if extra.get(name, True)}
+        return {**kept, "key": self.key, "cell": self.describe(), "taken_from": record["key"]}
 
     @property
     def label(self) -> str:

@@ -111,6 +111,29 @@ def test_answers_of_another_run_to_the_same_questions_are_taken_over(
         assert sentence in refused.err
 
 
+def test_an_answer_with_a_measurement_more_answers_the_question_without_it(
+    run: Run, suite: Path, tmp_path: Path
+) -> None:
+    asked = suite.read_text()
+    more = asked[asked.index("[[grid]]") :].replace("defences", "curves") + "oracle = true\n"
+    suite.write_text(asked + more)
+    first, second = tmp_path / "runs" / "first", tmp_path / "runs" / "second"
+    done = run("bench", suite, "--out", first, "--only", "clean clp*")
+    assert done.code == 0, done.err
+    assert "2 of 2 questions answered" in done.err
+    assert done.err.count("clean clp") == 1
+    answers = [json.loads(line) for line in (first / "records.jsonl").read_text().splitlines()[1:]]
+    wide, plain = sorted(answers, key=lambda record: "taken_from" in record)
+    assert plain["taken_from"] == wide["key"] != plain["key"]
+    assert wide["cell"].pop("oracle") is True
+    assert plain["cell"] == wide["cell"]
+    assert plain["after"] == wide["after"]
+    # Another run that asks the plain question alone takes it from there, too.
+    suite.write_text(asked)
+    (first / "records.jsonl").write_text(json.dumps({**wide, "cell": {}}) + "\n")
+    assert "1 answers taken over" in run("bench", suite, "--out", second, "--reuse", first).err
+
+
 def test_suites_are_listed(run: Run) -> None:
     listed = run("bench", "list")
     assert listed.code == 0
