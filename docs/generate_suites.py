@@ -8,6 +8,8 @@ A test compares the committed page with what this makes.
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from unbackdoor.bench.suite import Grid, Places, Plan, Suite, read_suite, suite_names
@@ -21,7 +23,7 @@ HEAD = """# Suites
 Made by `python docs/generate_suites.py` from `src/unbackdoor/bench/suites/*.toml`; change those.
 
 `unbackdoor bench SUITE --data FOLDER --out RUN` runs one, `unbackdoor tables RUN` shows what came of it;
-[how to](../how-to/run-the-benchmark.md). Each has a size for a CPU, and most have the paper's, which needs a GPU. A
+[how to](../how-to/run-the-benchmark.md). Each has a size for a CPU, most have the paper's, which needs a GPU, and those whose CPU size takes days have a `small` one. A
 question is one method with its options on one model with some clean images and a seed; it is answered once and its
 record says everything. Models that are not in the zoo are trained by the suite, once, into a folder that all suites
 beside it share.
@@ -61,19 +63,21 @@ def _section(suite: Suite) -> str:
         lines.append(
             f"| `{name}`: {size.text} | {len(plan.jobs)} | {len(own)} | {_questions(plan)} | {seeds} |"
         )
-    return "\n".join([*lines, "", *(_grid(grid) for grid in suite.grid), ""])
+    few = (
+        f"- size {name} asks only what fits {_listed(size.only)}"
+        for name, size in suite.sizes.items()
+        if size.only
+    )
+    return "\n".join([*lines, "", *(_grid(grid) for grid in suite.grid), *few, ""])
+
+
+def _listed(patterns: Sequence[str]) -> str:
+    return ", ".join(f"`{pattern}`" for pattern in patterns)
 
 
 def _questions(plan: Plan) -> int:
-    from unbackdoor.bench.methods import METHODS
-    from unbackdoor.bench.suite import matching, variants
-
-    return sum(
-        len(matching(grid.models, plan.jobs, ""))
-        * len(grid.clean_images)
-        * sum(len(variants(grid, method)) for method in matching(grid.methods, METHODS[grid.task], ""))
-        for grid in plan.grids
-    )
+    """Return how many questions the draw with the most has."""
+    return max(Counter(cell.seed for cell in plan.expected()).values())
 
 
 def _grid(grid: Grid) -> str:

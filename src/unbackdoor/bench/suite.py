@@ -24,7 +24,7 @@ from unbackdoor.bench.methods import METHODS, configured
 from unbackdoor.bench.spec import check_spec, jobs, read_spec
 from unbackdoor.bench.training import CLEAN, Job
 from unbackdoor.bench.zoo import Entry, entry_at
-from unbackdoor.catalogue import find, options_of
+from unbackdoor.catalogue import dashed, find, options_of
 from unbackdoor.errors import InvalidInputError
 
 ZOO = "zoo"
@@ -95,12 +95,18 @@ class Size(_Strict):
         models: Lists of models, in which names are looked up in turn.
         seeds: Of draw and method.
         test_images: Test images measured on; 0 for all.
+        only: Patterns of labels, as `badnets mnp *`: questions of which none fits are left out; all if empty.
     """
 
     text: str
     models: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     test_images: int = 0
+    only: tuple[str, ...] = ()
+
+    def asks(self, label: str) -> bool:
+        """Say whether a question belongs to this size."""
+        return not self.only or fits_any(label, self.only)
 
 
 class Suite(_Strict):
@@ -273,6 +279,8 @@ class Plan:
         known: dict[str, Job] = {}
         for name in reversed(chosen.models):
             known |= jobs(_spec(name, places), data, places.models / name)
+        for grid in suite.grids_of(size):
+            matching(grid.models, known, suite.name)
         narrow: dict[str, Sequence[object]] = {"part": list(parts), "seeds": list(seeds)}
         needed = Plan(suite, size, places, known, narrow).asked
         needed |= {twin for name in needed if (twin := _twin_of(known[name], known))}
@@ -284,7 +292,9 @@ class Plan:
     @property
     def asked(self) -> set[str]:
         """Models that questions are about; the others are clean twins of these."""
-        return {model for grid in self.grids for model in matching(grid.models, self.jobs, self.suite.name)}
+        if self.suite.sizes[self.size].only:
+            return self.models_of(lambda label: True)
+        return {model for grid in self.grids for model in self._models(grid)}
 
     @property
     def grids(self) -> list[Grid]:
@@ -324,8 +334,12 @@ class Plan:
 
     def models_of(self, fits: Callable[[str], bool]) -> set[str]:
         """Return the models, there or not, with a question whose label fits."""
+        return {cell.model for cell in self.expected() if fits(cell.label)}
+
+    def expected(self) -> list[Cell]:
+        """Return the cells of all models, there or not; the hash of their weights is left empty."""
         any_weights = {name: Entry(name, job.out, {"sha256": ""}) for name, job in self.jobs.items()}
-        return {cell.model for _, cell in self._questions(any_weights).values() if fits(cell.label)}
+        return [cell for _, cell in self._questions(any_weights).values()]
 
     def cells(self) -> dict[str, tuple[tuple[str, ...], Cell]]:
         """Return the cells of all models that are there, with their parts, by key, seed by seed.
@@ -340,16 +354,22 @@ class Plan:
         for seed in dict.fromkeys([*size.seeds, *(seed for grid in self.grids for seed in grid.seeds)]):
             for grid in self.grids:
                 if seed in (grid.seeds or size.seeds):
-                    for cell in self._cells(grid, seed, there):
+                    for cell in (cell for cell in self._cells(grid, seed, there) if size.asks(cell.label)):
                         parts, _ = found.get(cell.key, ((), cell))
                         found[cell.key] = tuple(dict.fromkeys((*parts, grid.part))), cell
         return found
+
+    def _models(self, grid: Grid) -> list[str]:
+        # A size that asks some questions only has no jobs for models that none of these is about.
+        whole = not self.suite.sizes[self.size].only
+        patterns = [each for each in grid.models if whole or fnmatch.filter(self.jobs, each)]
+        return matching(patterns, self.jobs, self.suite.name)
 
     def _cells(self, grid: Grid, seed: int, there: Mapping[str, Entry]) -> Iterator[Cell]:
         size = self.suite.sizes[self.size]
         for method in matching(grid.methods, METHODS[grid.task], self.suite.name):
             for options in variants(grid, method):
-                for model in matching(grid.models, self.jobs, self.suite.name):
+                for model in self._models(grid):
                     for clean_images in grid.clean_images:
                         if model in there:
                             yield cell_of(
@@ -445,6 +465,11 @@ def _spec(name: str, places: Places) -> dict[str, Any]:
     content = tomllib.loads(path.read_text(encoding="utf-8"))
     check_spec(content, f"models {name}")
     return content
+
+
+def fits_any(label: str, patterns: Sequence[str]) -> bool:
+    """Say whether a label fits a pattern, in which methods are written with dashes or as in Python."""
+    return any(fnmatch.fnmatch(label, each) for pattern in patterns for each in (pattern, dashed(pattern)))
 
 
 def matching(patterns: Sequence[str], known: Mapping[str, Any], source: str) -> list[str]:

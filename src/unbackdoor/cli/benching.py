@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import os
@@ -20,9 +19,8 @@ from unbackdoor.bench.executors.base import Executor, Record, Task
 from unbackdoor.bench.laboratory import Laboratory
 from unbackdoor.bench.runner import Tally, drive
 from unbackdoor.bench.store import Store
-from unbackdoor.bench.suite import Plan, Suite, read_suite, suite_names
+from unbackdoor.bench.suite import Plan, Suite, fits_any, read_suite, suite_names
 from unbackdoor.bench.training import CLEAN
-from unbackdoor.catalogue import dashed
 from unbackdoor.cli import console
 from unbackdoor.cli.display import Display
 from unbackdoor.data import load_images
@@ -58,8 +56,8 @@ def list_suites() -> None:
 def show_plan(plan: Plan, only: Sequence[str] = ()) -> None:
     """Print which models and how many questions a run has; with ``only``, of the questions that fit."""
     out = console.results
-    trainings = plan.trainings(plan.models_of(lambda label: _fits(label, only)) if only else None)
-    cells = [cell for _, cell in plan.cells().values() if not only or _fits(cell.label, only)]
+    trainings = plan.trainings(plan.models_of(lambda label: fits_any(label, only)) if only else None)
+    cells = [cell for _, cell in plan.cells().values() if not only or fits_any(cell.label, only)]
     out.print(f"{plan.suite.title} ({plan.size}: {plan.suite.sizes[plan.size].text})", markup=False)
     out.print(f"{len(plan.jobs)} models, {len(trainings)} of them to be trained", markup=False)
     for training in trainings:
@@ -95,7 +93,7 @@ def carry_out(
     store = Store(folder / RECORDS)
     homes = plan.places.homes(plan.suite.sizes[plan.size])
     laboratory = Laboratory(data, homes, device)
-    models = plan.models_of(lambda label: _fits(label, only)) if only else plan.asked
+    models = plan.models_of(lambda label: fits_any(label, only)) if only else plan.asked
     if only and not models:
         raise InvalidInputError(
             f"no question fits {' or '.join(map(repr, only))}; labels read like "
@@ -113,7 +111,7 @@ def carry_out(
             if part:
                 _drive(part, laboratory, store, place, title=title, retry=STATES, wait=WAIT)
         _keep_plan(plan, folder, fingerprint)
-    cells = [cell for _, cell in plan.cells().values() if not only or _fits(cell.label, only)]
+    cells = [cell for _, cell in plan.cells().values() if not only or fits_any(cell.label, only)]
     again = ("failed",) if retry else ()
     keys = {cell.key for cell in cells}
     if wide := [one for cell in cells for one in cell.wider() if one.key in keys]:
@@ -209,11 +207,6 @@ def pairs(resources: Sequence[str]) -> dict[str, str]:
             raise InvalidInputError(f"--resource must read NAME=VALUE, got {text!r}.")
         found[name.strip()] = value.strip()
     return found
-
-
-def _fits(label: str, patterns: Sequence[str]) -> bool:
-    # Methods are written with dashes, and in Python with underscores.
-    return any(fnmatch.fnmatch(label, each) for pattern in patterns for each in (pattern, dashed(pattern)))
 
 
 def _keep_plan(plan: Plan, folder: Path, fingerprint: str) -> None:

@@ -8,7 +8,17 @@ import pytest
 
 from unbackdoor.bench.methods import METHODS, configured
 from unbackdoor.bench.spec import jobs
-from unbackdoor.bench.suite import Places, Plan, _folder, _spec, matching, read_suite, suite_names, variants
+from unbackdoor.bench.suite import (
+    Places,
+    Plan,
+    _folder,
+    _spec,
+    fits_any,
+    matching,
+    read_suite,
+    suite_names,
+    variants,
+)
 from unbackdoor.bench.training import Job, _configured
 from unbackdoor.errors import InvalidInputError
 
@@ -81,7 +91,10 @@ def test_every_suite_names_models_methods_and_options_that_exist(name: str) -> N
             for method in matching(grid.methods, METHODS[grid.task], name):
                 for options in variants(grid, method):
                     configured(grid.task, method, grid.paper, options)
-        assert set(suite.sizes) == {"cpu"} or set(suite.sizes) == {"cpu", "paper"}
+        labels = [cell.label for cell in plan.expected()]
+        for pattern in suite.sizes[size].only:
+            assert any(fits_any(label, [pattern]) for label in labels), pattern
+    assert set(suite.sizes) - {"small", "paper"} == {"cpu"}
 
 
 @pytest.mark.parametrize(("name", "part"), [("ablations", "objectives"), ("fig4", "ours")])
@@ -140,6 +153,22 @@ def test_a_plan_can_be_narrowed_to_parts_and_draws(suite: Path) -> None:
     for narrow, problem in (({"parts": ["two"]}, "no part 'two'"), ({"seeds": [5]}, "no draw 5")):
         with pytest.raises(InvalidInputError, match=problem):
             Plan.of(read, "small", PLACES, "data", **narrow)
+
+
+def test_a_size_can_ask_some_of_the_questions_alone(suite: Path) -> None:
+    few = 'seeds = [0, 1]\nonly = ["clean ft_sam *", "badnets i-bau (*"]'
+    suite.write_text(SUITE.replace("seeds = [0, 1]", few))
+    plan = Plan.of(read_suite(str(suite)), "small", PLACES, "data")
+    found = {cell.label for cell in plan.expected()}
+    assert len(found) == 2 * 2 + 4
+    assert {label.split()[:2] == ["clean", "ft-sam"] or "i-bau (" in label for label in found} == {True}
+    assert len(Plan.of(read_suite(str(suite)), "large", PLACES, "data").expected()) == 2 * 2 * 2
+    # Models of other questions are no business of this size, but must exist.
+    suite.write_text(SUITE.replace("seeds = [0, 1]", 'seeds = [0]\nonly = ["clean *"]'))
+    assert list(Plan.of(read_suite(str(suite)), "small", PLACES, "data").jobs) == ["clean"]
+    suite.write_text(suite.read_text().replace('models = ["badnets"]', 'models = ["badnest"]'))
+    with pytest.raises(InvalidInputError, match="names 'badnest'"):
+        Plan.of(read_suite(str(suite)), "small", PLACES, "data")
 
 
 def test_each_part_of_a_suite_has_the_default_cells_that_it_shares_with_others() -> None:
