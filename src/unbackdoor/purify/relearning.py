@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from unbackdoor.compute import device_of, logits_of
+from unbackdoor.compute import mode
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.inversion import InvertedTrigger
 from unbackdoor.purify.copies import fine_tuned
@@ -26,8 +26,8 @@ class Relearning:
     Source: the unlearning of Neural Cleanse (Wang et al., IEEE S&P 2019, section VI) fine-tunes on images
     with the inverted trigger under their true labels. Ours: the targets are not labels but the answers that
     the suspect gives to the same images without the trigger (distillation: Hinton, Vinyals, Dean 2015, arXiv
-    1503.02531), so that a few hundred images are not fitted anew; there is no augmentation, which would
-    move the trigger and ask for answers that nobody gave.
+    1503.02531), so that a few hundred images are not fitted anew. Images are cropped and mirrored before the
+    suspect is asked and before the trigger is stamped on them, so that no trigger moves.
 
     What is unlearnt so can be woken: after few and small steps, five poisoned images bring it back whole. The
     schedule is therefore longer than the clean task needs, and with ``path_radius`` the gradient is taken a
@@ -46,7 +46,7 @@ class Relearning:
 
     recipe: Recipe = field(
         default_factory=lambda: Recipe(
-            epochs=15, batch_size=64, learning_rate=0.01, schedule="constant", crop_padding=0, flip=False
+            epochs=15, batch_size=128, learning_rate=0.01, schedule="cosine", crop_padding=4, flip=True
         )
     )
     stamped_fraction: float = 0.5
@@ -57,11 +57,6 @@ class Relearning:
             raise InvalidInputError(f"stamped_fraction must lie in (0, 1], got {self.stamped_fraction}.")
         if not 0 <= self.path_radius < math.inf:
             raise InvalidInputError(f"path_radius must be at least 0 and finite, got {self.path_radius}.")
-        if self.recipe.crop_padding or self.recipe.flip:
-            raise InvalidInputError(
-                "relearning takes the suspect's answers to the images as they are; set recipe.crop_padding "
-                "to 0 and recipe.flip to false."
-            )
 
 
 def relearn(
@@ -90,13 +85,12 @@ def relearn(
     Raises:
         UnsupportedModelError: If training diverges.
     """
-    answers = logits_of(teacher, clean.images).float().softmax(1).to(device_of(model))
     relearnt, record = fine_tuned(
         model,
         clean,
         options.recipe,
         generator=generator,
-        loss_step=_step(answers, triggers, options, restrain, teacher),
+        loss_step=_step(teacher, triggers, options, restrain),
         stage="relearning",
         progress=progress,
     )
@@ -106,17 +100,17 @@ def relearn(
 
 
 def _step(
-    answers: Tensor,
+    teacher: nn.Module,
     triggers: Sequence[InvertedTrigger],
     options: Relearning,
     restrain: Callable[[nn.Module], None],
-    teacher: nn.Module,
 ) -> LossStep:
     suspect = {name: parameter.detach() for name, parameter in teacher.named_parameters()}
 
     def step(model: nn.Module, batch: Batch) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), mode(teacher, training=False):
             restrain(model)
+            answers = teacher(batch.images).float().softmax(1)
         images = batch.images.clone()
         if triggers:
             # The training loop has fenced torch's global generator off.
@@ -129,7 +123,7 @@ def _step(
         # The gradient there is that of the parameters here: what is added does not depend on them.
         there = {name: p + back[name] for name, p in model.named_parameters() if name in back}
         logits: Tensor = functional_call(model, there, (images,)) if there else model(images)
-        return F.kl_div(logits.float().log_softmax(1), answers[batch.indices], reduction="batchmean")
+        return F.kl_div(logits.float().log_softmax(1), answers, reduction="batchmean")
 
     return step
 
