@@ -114,9 +114,16 @@ def carry_out(
     cells = [cell for _, cell in plan.cells().values() if not only or fits_any(cell.label, only)]
     again = ("failed",) if retry else ()
     keys = {cell.key for cell in cells}
-    if wide := [one for cell in cells for one in cell.wider() if one.key in keys]:
+    if wide := {one.key: one for cell in cells for one in cell.wider() if one.key in keys}:
         # What they measure on top costs less than asking the rest of it a second time.
-        _drive(wide, laboratory, store, place, title="questions that answer others as well", retry=again)
+        _drive(
+            list(wide.values()),
+            laboratory,
+            store,
+            place,
+            title="questions that answer others as well",
+            retry=again,
+        )
         take_answers(cells, store, store.records())
     tally = _drive(cells, laboratory, store, place, title="questions", retry=again)
     there = plan.entries()
