@@ -94,8 +94,10 @@ def _series(path: str, value: Any) -> Iterator[tuple[str, list[float | None]]]: 
             yield from _series(f"{path}.{name}" if path else str(name), inner)
     elif isinstance(value, (list, tuple)) and len(value) > 1:
         if all(isinstance(each, Mapping) for each in value):
-            for name, first in value[0].items():
-                if isinstance(first, int | float) and name not in NAMES:
+            for name in value[0]:
+                # The first may be unknown where later ones are not.
+                known = next((each[name] for each in value if each.get(name) is not None), None)
+                if isinstance(known, int | float) and name not in NAMES:
                     yield from _series(f"{path}.{name}", [each.get(name) for each in value])
         elif all(isinstance(each, int | float) or each is None for each in value):
             yield path, _thinned(value)

@@ -88,6 +88,10 @@ class MNP:
         refined: How many classes, from the one with the smallest patch, are inverted so often before any is
             judged: one start may miss the small patch that a class has. Other forms, which start at nearly
             nothing, and further suspects are inverted so often once they are suspicious.
+        evidence: What suppression exposed is removed only if one of these filters alone takes at least this
+            share of the suppressed copy's loss away, in [0, 1). Suppression exposes filters in clean models
+            too, where each helps a little; in a backdoored one some carry much of the backdoor. With
+            ``amount`` = ``guarded`` only; 0 removes them without.
         rounds: How often at most the survivors relearn in each way. Between rounds, triggers of the
             suspicious classes are inverted anew: what one trigger taught may leave others that work as well.
             It ends when none of these is suspicious by the norms of the first inversion.
@@ -138,6 +142,7 @@ class MNP:
     retries: int = 2
     restarts: int = 3
     refined: int = 2
+    evidence: float = 0.0
     rounds: int = 4
     act_on: Literal["flagged", "smallest"] = "flagged"
     suppression: Suppression = field(default_factory=Suppression)
@@ -183,6 +188,8 @@ class MNP:
             )
         if not 0 <= self.held_out_fraction < 1:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
+        if not 0 <= self.evidence < 1:
+            raise InvalidInputError(f"evidence must lie in [0, 1), got {self.evidence}.")
         if self.rounds < 1 or min(self.restarts, self.refined, self.retries) < 0:
             raise InvalidInputError(
                 f"rounds must be at least 1, restarts, refined and retries 0; got {self.rounds}, "
@@ -430,6 +437,11 @@ class _Run:
         scores = {name: values.cpu() for name, values in exposure.scores.items() if name in allowed}
         ranked = order(scores, *exposure.tie_breaks)
         mask, steps = self._choose(exposure.exposed, scores, ranked)
+        if way == "suppression" and steps:
+            convincing = self._convincing(steps)
+            self.diagnostics["evidence"] = convincing
+            if not convincing["taken"]:
+                mask, steps = FilterMask.full(self.filter_map), [replace(s, removed=False) for s in steps]
         self.mask = self.mask & mask
         self.steps += [{"exposure": way, **step.describe()} for step in steps]
         self.scores = {
@@ -437,6 +449,18 @@ class _Run:
             for name, values in scores.items()
         }
         return sum(step.benefit for step in steps if step.removed and not math.isnan(step.benefit))
+
+    def _convincing(self, steps: Sequence[Step]) -> dict[str, Any]:
+        """Say what the walk on the suppressed copy found, and whether that is enough to act on."""
+        benefits = [step.benefit for step in steps if step.removed and not math.isnan(step.benefit)]
+        largest = max(benefits, default=0.0)
+        taken = not benefits or largest >= self.method.evidence
+        return {
+            "largest_benefit": largest,
+            "benefit": math.fsum(benefits),
+            "filters": len(benefits),
+            "taken": taken,
+        }
 
     def _relearn(self, way: Way, exposure: _Exposure, generator: torch.Generator) -> float | None:
         """Tune the survivors and return what of the triggers' loss is gone; None if that costs too much."""
