@@ -83,6 +83,8 @@ class MNP:
         relearning: How.
         retries: How often relearning on triggers that cost more clean accuracy than the guard allows is tried
             again, each time with half of the stamped share of its batches.
+        retry_from: Where it starts again: from the pruned ``survivors``, or from what was ``relearnt`` and cost
+            too much, which then learns on.
         restarts: How often triggers are inverted once more, from other random starts, before anything is
             removed: one is seldom the attacker's, several cover more of what works.
         refined: How many classes, from the one with the smallest patch, are inverted so often before any is
@@ -140,6 +142,7 @@ class MNP:
     relearns: Literal["never", "triggers", "always"] = "triggers"
     relearning: Relearning = field(default_factory=Relearning)
     retries: int = 2
+    retry_from: Literal["survivors", "relearnt"] = "survivors"
     restarts: int = 3
     refined: int = 2
     evidence: float = 0.0
@@ -181,6 +184,8 @@ class MNP:
             raise InvalidInputError(
                 f"relearns must be 'never', 'triggers' or 'always', got {self.relearns!r}."
             )
+        if self.retry_from not in ("survivors", "relearnt"):
+            raise InvalidInputError(f"retry_from must be 'survivors' or 'relearnt', got {self.retry_from!r}.")
         if not (0 < self.outlier_share <= 1 and 0 < self.warp_share <= 1):
             raise InvalidInputError(
                 f"outlier_share and warp_share must lie in (0, 1], got {self.outlier_share} and "
@@ -464,15 +469,18 @@ class _Run:
 
     def _relearn(self, way: Way, exposure: _Exposure, generator: torch.Generator) -> float | None:
         """Tune the survivors and return what of the triggers' loss is gone; None if that costs too much."""
-        options, retries = self.method.relearning, self.method.retries if exposure.triggers else 0
-        relearnt = self._relearnt(way, exposure, options, generator)
-        for _ in range(retries):
-            if relearnt is not None:
+        method = self.method
+        options, start = method.relearning, self.pruned()
+        for left in reversed(range(1 + (method.retries if exposure.triggers else 0))):
+            relearnt, taken = self._relearnt(way, exposure, start, options, generator)
+            if taken:
                 break
-            self.diagnostics["relearning"][-1]["tried_again"] = True
-            options = replace(options, stamped_fraction=options.stamped_fraction / 2)
-            relearnt = self._relearnt(way, exposure, options, generator)
-        if relearnt is None:
+            if left:
+                self.diagnostics["relearning"][-1]["tried_again"] = True
+                options = replace(options, stamped_fraction=options.stamped_fraction / 2)
+                if relearnt is not None and method.retry_from == "relearnt":
+                    start = relearnt
+        if relearnt is None or not taken:
             return None
         self.survivor = relearnt
         if not exposure.triggers or exposure.exposed is None:
@@ -483,9 +491,9 @@ class _Run:
         return 1 - after / before
 
     def _relearnt(
-        self, way: Way, exposure: _Exposure, options: Relearning, generator: torch.Generator
-    ) -> nn.Module | None:
-        """Tune a copy of the survivors; None if that costs too much."""
+        self, way: Way, exposure: _Exposure, start: nn.Module, options: Relearning, generator: torch.Generator
+    ) -> tuple[nn.Module | None, bool]:
+        """Return a tuned copy of ``start``, None if it cannot be tuned, and whether it costs little enough."""
         method, model = self.method, self.pruned()
 
         def restrain(network: nn.Module) -> None:
@@ -494,13 +502,13 @@ class _Run:
         log = self.diagnostics.setdefault("relearning", [])
         try:
             relearnt, record = relearn(
-                model, self.model, self.learning, exposure.triggers, options,
+                start, self.model, self.learning, exposure.triggers, options,
                 restrain=restrain, generator=rng.spawn(generator), progress=self.progress,
             )  # fmt: skip
         except UnsupportedModelError as error:
             # What was pruned is worth keeping, even where the network cannot be tuned.
             log.append({"exposure": way, "taken": False, "problem": str(error)})
-            return None
+            return None, False
         suspect, now = (accuracy_of(network, self.guarding) for network in (self.model, relearnt))
         taken = now >= suspect - method.guard.accuracy - 1e-9
         successes = [
@@ -517,7 +525,7 @@ class _Run:
                 "trigger_success": successes,
             }
         )
-        return relearnt if taken else None
+        return relearnt, taken
 
     def _m1(
         self, model: nn.Module, data: LabelledImages, source: nn.Module, generator: torch.Generator

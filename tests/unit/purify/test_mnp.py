@@ -227,8 +227,10 @@ def test_relearning_that_costs_too_much_is_tried_again_with_fewer_triggers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shares: list[float] = []
+    starts: list[bool] = []
 
     def costly(model: Any, *others: Any, **options: Any) -> Any:  # noqa: ANN401
+        starts.append(not any(parameter.any() for parameter in model.parameters()))
         shares.append(others[3].stamped_fraction)
         broken, record = relearn(model, *others, **options)
         if len(shares) < 3:
@@ -243,6 +245,14 @@ def test_relearning_that_costs_too_much_is_tried_again_with_fewer_triggers(
     assert ["tried_again" in tried for tried in log] == [True, True, False]
     shares.clear()
     assert len(purify(replace(RELEARNING, rounds=1, retries=1)).diagnostics["relearning"]) == 2
+    shares.clear()
+    # From the survivors again, or from what cost too much.
+    starts.clear()
+    purify(replace(RELEARNING, rounds=1))
+    assert starts == [False, False, False]
+    shares.clear(), starts.clear()
+    purify(replace(RELEARNING, rounds=1, retry_from="relearnt"))
+    assert starts == [False, True, True]
     shares.clear()
     # Without triggers there is nothing to stamp less of.
     purify(replace(QUICK, relearns="always"))
@@ -376,6 +386,8 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
         ({"restarts": -1}, "restarts, refined and retries 0; got 4, -1, 2 and 2"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"retries": -1}, "refined and retries 0"),
+        ({"retry_from": "start"}, "retry_from must be 'survivors' or 'relearnt', got 'start'"),
+        ({"evidence": 1.0}, r"evidence must lie in \[0, 1\), got 1.0"),
         ({"warp_share": 0.0}, "outlier_share and warp_share"),
         ({"relearns": "sometimes"}, "relearns must be"),
         ({"stages": ("suppress",)}, "stages must name 'penalise' or 'preserve'"),
@@ -390,6 +402,20 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
 def test_impossible_options_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InvalidInputError, match=sentence):
         MNP(**options)
+
+
+def test_suppression_takes_filters_only_if_one_of_them_tells_enough() -> None:
+    result = purify(replace(QUICK, evidence=0.01))
+    found = result.diagnostics["evidence"]
+    assert found["taken"]
+    assert found["filters"] == removed(result) > 0
+    assert found["largest_benefit"] > 0.01
+    more = min(found["largest_benefit"] + 0.01, 0.999)
+    convinced = purify(replace(QUICK, evidence=more))
+    assert convinced.diagnostics["evidence"] == {**found, "taken": False}
+    assert removed(convinced) == 0
+    assert not any(step["removed"] for step in convinced.diagnostics["walk"])
+    json.dumps(convinced.diagnostics, allow_nan=False)
 
 
 def test_a_benefit_that_no_filter_brings_removes_nothing() -> None:
