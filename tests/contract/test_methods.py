@@ -30,7 +30,15 @@ from unbackdoor.attacks import (
     Trojan,
     WaNet,
 )
-from unbackdoor.detect import Collapse, CorrelationRatio, Scan, UnlearntLabel, UnlearntSample, UnlearntTrigger
+from unbackdoor.detect import (
+    Collapse,
+    CorrelationRatio,
+    Recovery,
+    Scan,
+    UnlearntLabel,
+    UnlearntSample,
+    UnlearntTrigger,
+)
 from unbackdoor.detect.ac import ActivationClustering
 from unbackdoor.detect.ban import BAN
 from unbackdoor.detect.bti_dbf import BTIDBF
@@ -252,6 +260,10 @@ DETECTORS: dict[str, ModelDetector] = {
     "collapse": Collapse(SUPPRESSION),
     "collapse-calibrated": Collapse(
         SUPPRESSION, calibration=Calibration((0.1, 0.2, 0.3), "three"), alpha=0.25
+    ),
+    "recovery": Recovery(SUPPRESSION),
+    "recovery-calibrated": Recovery(
+        SUPPRESSION, candidates=4, count=1, calibration=Calibration((0.1, 0.2, 0.3), "three"), alpha=0.25
     ),
     "ratio": CorrelationRatio(SUPPRESSION),
     "difference": CorrelationRatio(SUPPRESSION, comparison="difference"),

@@ -10,6 +10,7 @@ from unbackdoor.detect.mm_bd import MaximumMargin as MaximumMargin
 from unbackdoor.detect.mnp import CorrelationRatio as CorrelationRatio
 from unbackdoor.detect.nc import TriggerSize as TriggerSize
 from unbackdoor.detect.perturbation_search import PerturbationSearch as PerturbationSearch
+from unbackdoor.detect.recovery import Recovery as Recovery
 from unbackdoor.detect.rnp import UnlearntLabel as UnlearntLabel
 from unbackdoor.detect.rnp import UnlearntSample as UnlearntSample
 from unbackdoor.detect.rnp import UnlearntTrigger as UnlearntTrigger

@@ -10,8 +10,12 @@ from unbackdoor.types import Detection, LabelledImages
 REQUIRED = ("collapse", "trigger_search")
 """Without both of these, which fail on different attacks, no model is called clean."""
 
+DECIDING = ("collapse", "recovery", "trigger_search")
+"""What decides if nothing else is said."""
+
 KINDS = {
     "collapse": "unlearning exposure",
+    "recovery": "unlearning exposure",
     "mnp": "unlearning exposure",
     "trigger_search": "trigger inversion",
     "head_weights": "weights of the head",
@@ -60,6 +64,13 @@ def finding(evidence: Evidence, clean: LabelledImages) -> str:
     if evidence.name == "collapse":
         where = f"on {target}" if target else f"on {found['pattern']}"
         return f"errors of the suppressed model concentrate {where} to {score:.2f} ({limit})"
+    if evidence.name == "recovery":
+        few = len(found["filters"])
+        where = f"those of {target}" if target else f"errors of the pattern {found['pattern']}"
+        return (
+            f"{few} filters give back {score:.0%} each on average of what suppression broke, most of all "
+            f"{where} ({limit})"
+        )
     if evidence.name == "trigger_search":
         suspect = found["refined"][0]
         limit = f"threshold {math.exp(threshold):.2f}" if threshold < 700 else "no threshold"

@@ -14,6 +14,7 @@ from unbackdoor.detect.mm_bd import MaximumMargin
 from unbackdoor.detect.mnp import CorrelationRatio
 from unbackdoor.detect.nc import TriggerSize
 from unbackdoor.detect.perturbation_search import PerturbationSearch
+from unbackdoor.detect.recovery import Recovery
 from unbackdoor.detect.rnp import UnlearntLabel, UnlearntSample, UnlearntTrigger
 from unbackdoor.detect.scale_up import ScaleUp
 from unbackdoor.detect.scan_statistics import SCAn
@@ -26,6 +27,7 @@ MODEL_DETECTORS: dict[str, type[Any]] = {
     cls.name: cls
     for cls in (
         Collapse,
+        Recovery,
         CorrelationRatio,
         UnlearntLabel,
         UnlearntTrigger,

@@ -16,12 +16,13 @@ from unbackdoor.catalogue import dashed, find
 from unbackdoor.compute import check_fits
 from unbackdoor.detect.calibration import CalibrationSet, Kind, flags_allowed, shipped_for, threshold_from
 from unbackdoor.detect.collapse import Collapse
-from unbackdoor.detect.evidence import KINDS, OTHER, REQUIRED, Evidence
+from unbackdoor.detect.evidence import DECIDING, KINDS, OTHER, REQUIRED, Evidence
 from unbackdoor.detect.exposure import Exposure, Statistic, expose
 from unbackdoor.detect.head_weights import HeadWeights
 from unbackdoor.detect.joint import Joint, combine
 from unbackdoor.detect.mnp import CorrelationRatio
 from unbackdoor.detect.plausibility import Plausibility, check_plausible
+from unbackdoor.detect.recovery import Recovery
 from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.detect.suspects import SuspectFilter, suspect_filters
 from unbackdoor.detect.trigger_search import FoundTriggers, RecoveredTrigger, TriggerSearch
@@ -107,8 +108,9 @@ class Scan:
     Suppression exposes backdoors that many training images carried, trigger inversion small patches, however
     few carried them. Each misses what the other finds, so that neither alone says ``clean``. Their scores are
     compared jointly with those of clean models of the same kind (see ``joint``): one p-value, whatever
-    depends on whatever. MNP's correlation ratio and the rows of the head are computed, shown, and do not
-    decide unless ``deciding`` names them; nor do ``others``.
+    depends on whatever. How much single filters give back of what suppression broke is read from the same run
+    as class collapse, and decides beside it. MNP's correlation ratio and the rows of the head are computed,
+    shown, and do not decide unless ``deciding`` names them; nor do ``others``.
 
     ``backdoored``: p <= ``alpha``, which at most a share ``alpha`` of clean models meets.
     ``inconclusive``: p <= 2 ``alpha``; or there are too few images, no or too few clean models to compare
@@ -132,7 +134,7 @@ class Scan:
     statistic: Statistic = field(default_factory=Statistic)
     search: TriggerSearch = field(default_factory=TriggerSearch)
     fast: bool = False
-    deciding: tuple[str, ...] = REQUIRED
+    deciding: tuple[str, ...] = DECIDING
     alpha: float = 0.05
     calibration: CalibrationSet | None = None
     smallest_per_class: float = 5.0
@@ -168,6 +170,7 @@ class Scan:
         """Return the detectors of this scan by name, uncalibrated."""
         found = (
             Collapse(self.suppression),
+            Recovery(self.suppression),
             CorrelationRatio(self.suppression, self.statistic),
             self.search,
             HeadWeights(),
@@ -253,6 +256,8 @@ class Scan:
             model, clean, self.suppression, self.statistic, generator=generator, progress=progress
         )
         opinions = {"collapse": (detectors["collapse"].judge(exposure.suppressed), clock.lap())}
+        recovery = detectors["recovery"].judge(model, clean, exposure.suppressed, progress=progress)
+        opinions["recovery"] = (recovery, clock.lap())
         opinions["mnp"] = (detectors["mnp"].judge(exposure), clock.lap())
         triggers = None
         if not self.fast:

@@ -208,6 +208,34 @@ def guarded_walk(
     return full.without(removed), steps
 
 
+def removal_losses(
+    model: nn.Module,
+    data: LabelledImages,
+    filter_map: FilterMap,
+    places: Sequence[tuple[str, int]],
+    *,
+    prune_mode: PruneMode = "silence",
+    progress: Progress = silent,
+) -> tuple[float, list[float]]:
+    """Return the mean cross-entropy (nats), and what it is without each of some filters, one at a time.
+
+    Args:
+        model: Takes float images in [0, 1]; left untouched.
+        data: Images with labels.
+        filter_map: From ``find_filters``.
+        places: (layer, filter).
+        prune_mode: What removing means.
+        progress: Called after each filter.
+    """
+    trial = _Trial.of(FilterMask.full(filter_map).apply(model, filter_map), data)
+    whole, losses = trial.measure().loss, []
+    for done, (layer, index) in enumerate(places):
+        losses.append(trial.without(cleared_tensors(filter_map.group(layer), prune_mode), index).loss)
+        trial.settle(keep=False)
+        progress("single filters", done + 1, len(places))
+    return whole, losses
+
+
 def _promise(copy: _Trial, filter_map: FilterMap) -> Mapping[str, Sequence[float]]:
     """Return by how much the loss would fall to first order if each filter were removed."""
     images = copy.replay.images

@@ -83,8 +83,8 @@ class MNP:
         relearning: How.
         retries: How often relearning on triggers that cost more clean accuracy than the guard allows is tried
             again, each time with half of the stamped share of its batches.
-        retry_from: Where it starts again: from the pruned ``survivors``, or from what was ``relearnt`` and cost
-            too much, which then learns on.
+        retry_from: Where it starts again: from the pruned ``survivors``, or from what was ``relearnt`` and
+            cost too much, which then learns on.
         restarts: How often triggers are inverted once more, from other random starts, before anything is
             removed: one is seldom the attacker's, several cover more of what works.
         refined: How many classes, from the one with the smallest patch, are inverted so often before any is
@@ -145,7 +145,7 @@ class MNP:
     retry_from: Literal["survivors", "relearnt"] = "survivors"
     restarts: int = 3
     refined: int = 2
-    evidence: float = 0.0
+    evidence: float = 0.15
     rounds: int = 4
     act_on: Literal["flagged", "smallest"] = "flagged"
     suppression: Suppression = field(default_factory=Suppression)
@@ -200,6 +200,9 @@ class MNP:
                 f"rounds must be at least 1, restarts, refined and retries 0; got {self.rounds}, "
                 f"{self.restarts}, {self.refined} and {self.retries}."
             )
+        self._check_amount()
+
+    def _check_amount(self) -> None:
         if self.amount == "threshold" and self.threshold >= 1:
             # Inverted triggers expose by M1 alone, and masks lie in [0, 1].
             summed = self.score != "m1" and self.exposures == ("suppression",)
@@ -232,6 +235,7 @@ class MNP:
             count=count,
             prune_mode="weight",
             relearns="never",
+            evidence=0.0,
         )
 
     def purify(
@@ -493,7 +497,7 @@ class _Run:
     def _relearnt(
         self, way: Way, exposure: _Exposure, start: nn.Module, options: Relearning, generator: torch.Generator
     ) -> tuple[nn.Module | None, bool]:
-        """Return a tuned copy of ``start``, None if it cannot be tuned, and whether it costs little enough."""
+        """Return a tuned copy of ``start``, None if it cannot be tuned; and whether to take it."""
         method, model = self.method, self.pruned()
 
         def restrain(network: nn.Module) -> None:

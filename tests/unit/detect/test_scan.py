@@ -50,7 +50,13 @@ def images(count: int = 160) -> LabelledImages:
 def calibrated(scan: Scan, collapse: float, search: float, count: int = 160) -> Scan:
     """Return ``scan`` with nineteen clean models around these scores."""
     clean = images(count)
-    scores = {"collapse": collapse, "trigger_search": search, "mnp": 0.0, "head_weights": 1.0}
+    scores = {
+        "collapse": collapse,
+        "recovery": 0.2,
+        "trigger_search": search,
+        "mnp": 0.0,
+        "head_weights": 1.0,
+    }
     return replace(
         scan,
         calibration=CalibrationSet(
@@ -86,9 +92,15 @@ def test_a_planted_backdoor_is_found_with_everything_a_report_needs() -> None:
     before.check(planted().model)
     assert (result.verdict, result.target_class) == ("backdoored", 3)
     assert len(stages) >= 3
-    assert [each.name for each in result.evidence] == ["collapse", "mnp", "trigger_search", "head_weights"]
-    assert [each.decides for each in result.evidence] == [True, False, True, False]
-    for each in result.evidence[::2]:
+    assert [each.name for each in result.evidence] == [
+        "collapse",
+        "recovery",
+        "mnp",
+        "trigger_search",
+        "head_weights",
+    ]
+    assert [each.decides for each in result.evidence] == [True, True, False, True, False]
+    for each in (result.evidence[0], result.evidence[1], result.evidence[3]):
         assert each.detection.p_value is not None
         assert "made for this test" in each.detection.threshold_source
     assert result.confidence is not None
@@ -355,7 +367,7 @@ def test_other_detectors_are_shown_and_do_not_decide() -> None:
     scan = replace(FAST, others=("rnp-label", "mm_bd"))
     result = scanned(scan, *separable(2, 40))
     rows = {each.name: each for each in result.evidence}
-    assert list(rows) == ["collapse", "mnp", "head_weights", "rnp_label", "mm_bd"]
+    assert list(rows) == ["collapse", "recovery", "mnp", "head_weights", "rnp_label", "mm_bd"]
     assert not rows["mm_bd"].decides
     # No calibration: the threshold is the detector's own.
     assert rows["rnp_label"].detection.p_value is None

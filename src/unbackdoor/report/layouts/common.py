@@ -38,6 +38,7 @@ TITLES = {
     "sc": "SC",
     "strip": "STRIP",
     "collapse": "Class collapse (ours)",
+    "recovery": "Recovery by filters (ours)",
     "ft": "FT",
     "ft_sam": "FT-SAM",
     "awm": "AWM",
