@@ -48,7 +48,7 @@ from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.errors import UnbackdoorError
 
 SPEC = Path(__file__).with_suffix(".toml")
-IN_THE_SCAN = ("collapse", "mnp", "trigger_search", "head_weights")
+IN_THE_SCAN = ("collapse", "recovery", "mnp", "trigger_search", "head_weights")
 DETECTORS = (trial.SCAN, *(name for name in MODEL_DETECTORS if name not in IN_THE_SCAN))
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from unbackdoor import rng
 from unbackdoor.detect.calibration import Calibration, threshold_from
 from unbackdoor.detect.collapse import shift_concentration, target_concentration
 from unbackdoor.detect.floor import too_little_at_first
@@ -80,7 +81,9 @@ class Recovery:
         progress: Progress = silent,
     ) -> Detection:
         """Suppress a copy of ``model`` and take filters away; ``model`` is left untouched."""
-        suppressed = suppress(model, clean, self.suppression, generator=generator, progress=progress)
+        # Drawn as in a scan, so that both say the same.
+        run = rng.spawn(generator)
+        suppressed = suppress(model, clean, self.suppression, generator=run, progress=progress)
         return self.judge(model, clean, suppressed, progress=progress)
 
     def judge(

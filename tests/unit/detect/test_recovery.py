@@ -36,7 +36,9 @@ def images() -> LabelledImages:
 
 @cache
 def suppressed(*, infected: bool = True) -> Suppressed:
-    return suppress(planted(infected=infected).model, images(), SUPPRESSION, generator=rng.generator(0))
+    return suppress(
+        planted(infected=infected).model, images(), SUPPRESSION, generator=rng.spawn(rng.generator(0))
+    )
 
 
 def judged(detector: Recovery, *, infected: bool = True) -> Detection:
