@@ -14,7 +14,7 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from unbackdoor import rng
 from unbackdoor.bench.store import Record
 from unbackdoor.bench.tables import markdown, percent
 from unbackdoor.detect.calibration import CalibrationSet, Kind, completed
-from unbackdoor.detect.evidence import DECIDING, REQUIRED
+from unbackdoor.detect.evidence import REQUIRED
 from unbackdoor.detect.joint import Joint, combine
 from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.detect.verdict import VERDICTS, Verdict, ground_of
@@ -313,8 +313,7 @@ def columns(
         clean = [model for model in here if model.is_clean]
         known, rest = ([], clean) if calibration else halves(clean)
         tested = [*rest, *(model for model in here if not model.is_clean)]
-        held = None if calibration is None else {name for m in calibration.models for name in m.scores}
-        for detector, parts in _columns_of(here, held).items():
+        for detector, parts in _columns_of(here).items():
             if calibration is None:
                 rows = [_scores(model, parts) for model in known if set(parts) <= set(model.scores)]
             else:
@@ -327,19 +326,14 @@ def columns(
     return found
 
 
-def _columns_of(models: Sequence[Scored], held: Set[str] | None = None) -> dict[str, tuple[str, ...]]:
-    """Return each column's name with the detectors behind it; those of a scan have the same options.
-
-    A scan is decided by what was asked of all its detectors, and of these what ``held``, the detectors of a
-    calibration, has.
-    """
+def _columns_of(models: Sequence[Scored]) -> dict[str, tuple[str, ...]]:
+    """Return each column's name with the detectors behind it; those of a scan have the same options."""
     asked: dict[str, tuple[str, ...]] = {name: (name,) for model in models for name in model.scores}
     for label in list(asked):
         given = label.removeprefix(REQUIRED[0])
-        required = {f"{name}{given}" for name in REQUIRED}
-        if _detector(label) == REQUIRED[0] and required <= set(asked):
-            known = (name for name in DECIDING if held is None or name in held or name in REQUIRED)
-            asked[f"{JOINT}{given}"] = tuple(f"{n}{given}" for n in known if f"{n}{given}" in asked)
+        parts = tuple(f"{name}{given}" for name in REQUIRED)
+        if _detector(label) == REQUIRED[0] and set(parts) <= set(asked):
+            asked[f"{JOINT}{given}"] = parts
     return asked
 
 
@@ -380,10 +374,9 @@ def _outcome(
         return Outcome(model, "inconclusive", statistic=-math.inf, target=None, p_value=math.nan)
     joint = combine(calibration, scores, rate)
     leading = max(joint.scaled, key=lambda part: joint.scaled[part])
-    needed = [score for part, score in scores.items() if len(parts) == 1 or _detector(part) in REQUIRED]
     return Outcome(
         model,
-        _verdict(joint, complete=-math.inf not in needed, alpha=rate, alone=len(parts) == 1),
+        _verdict(joint, complete=-math.inf not in scores.values(), alpha=rate, alone=len(parts) == 1),
         statistic=joint.scaled[leading] if len(parts) > 1 else scores[parts[0]],
         target=model.targets.get(leading),
         p_value=joint.p_value,

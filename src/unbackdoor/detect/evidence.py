@@ -10,9 +10,6 @@ from unbackdoor.types import Detection, LabelledImages
 REQUIRED = ("collapse", "trigger_search")
 """Without both of these, which fail on different attacks, no model is called clean."""
 
-DECIDING = ("collapse", "recovery", "trigger_search")
-"""What decides if nothing else is said."""
-
 KINDS = {
     "collapse": "unlearning exposure",
     "recovery": "unlearning exposure",

@@ -16,7 +16,7 @@ from unbackdoor.catalogue import dashed, find
 from unbackdoor.compute import check_fits
 from unbackdoor.detect.calibration import CalibrationSet, Kind, flags_allowed, shipped_for, threshold_from
 from unbackdoor.detect.collapse import Collapse
-from unbackdoor.detect.evidence import DECIDING, KINDS, OTHER, REQUIRED, Evidence
+from unbackdoor.detect.evidence import KINDS, OTHER, REQUIRED, Evidence
 from unbackdoor.detect.exposure import Exposure, Statistic, expose
 from unbackdoor.detect.head_weights import HeadWeights
 from unbackdoor.detect.joint import Joint, combine
@@ -108,9 +108,9 @@ class Scan:
     Suppression exposes backdoors that many training images carried, trigger inversion small patches, however
     few carried them. Each misses what the other finds, so that neither alone says ``clean``. Their scores are
     compared jointly with those of clean models of the same kind (see ``joint``): one p-value, whatever
-    depends on whatever. How much single filters give back of what suppression broke is read from the same run
-    as class collapse, and decides beside it. MNP's correlation ratio and the rows of the head are computed,
-    shown, and do not decide unless ``deciding`` names them; nor do ``others``.
+    depends on whatever. How much single filters give back of what suppression broke, MNP's correlation ratio
+    and the rows of the head are computed, shown, and do not decide unless ``deciding`` names them; nor do
+    ``others``.
 
     ``backdoored``: p <= ``alpha``, which at most a share ``alpha`` of clean models meets.
     ``inconclusive``: p <= 2 ``alpha``; or there are too few images, no or too few clean models to compare
@@ -134,7 +134,7 @@ class Scan:
     statistic: Statistic = field(default_factory=Statistic)
     search: TriggerSearch = field(default_factory=TriggerSearch)
     fast: bool = False
-    deciding: tuple[str, ...] = DECIDING
+    deciding: tuple[str, ...] = REQUIRED
     alpha: float = 0.05
     calibration: CalibrationSet | None = None
     smallest_per_class: float = 5.0

@@ -256,37 +256,6 @@ def test_the_scan_follows_its_own_rule() -> None:
     assert row[7].startswith("1/3 [")
 
 
-def test_recovery_decides_where_it_was_asked_and_the_calibration_has_it() -> None:
-    far: dict[str, float | None] = {"collapse": 0.1, "trigger_search": 0.1, "recovery": 9.0}
-    records = [
-        *(
-            record(f"clean-{i:02d}", None, dict.fromkeys(("collapse", "trigger_search", "recovery"), 0.01 * i))
-            for i in range(40)
-        ),
-        record("badnets-00", "badnets", far),
-        # What is not required may abstain.
-        record("badnets-01", "badnets", far | {"recovery": None}),
-    ]
-    models = scored(records)
-
-    def said(calibration: CalibrationSet | None) -> dict[str, str]:
-        (scan,) = (c for c in columns(models, 0.05, calibration) if c.detector == "scan")
-        return {o.model.name: o.verdict for o in scan.of(clean=False)}
-
-    assert said(None) == {"badnets-00": "backdoored", "badnets-01": "clean"}
-    without = CalibrationSet(
-        description="made up",
-        kind=Kind(architecture="x", parameters=1, num_classes=2, image_shape=(3, 8, 8)),
-        images=500,
-        options={"collapse": {}, "trigger_search": {}},
-        models=tuple(
-            ScoredModel(name=str(i), scores={"collapse": 0.01 * i, "trigger_search": 0.01 * i})
-            for i in range(40)
-        ),
-    )
-    assert said(without) == {"badnets-00": "clean", "badnets-01": "clean"}
-
-
 def test_summaries_select_infected_models() -> None:
     scores: dict[str, float | None] = {"collapse": 9.0, "trigger_search": 0.0}
     all_to_all = record("badnets-a2a-00", "badnets", scores)

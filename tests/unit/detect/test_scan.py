@@ -99,8 +99,8 @@ def test_a_planted_backdoor_is_found_with_everything_a_report_needs() -> None:
         "trigger_search",
         "head_weights",
     ]
-    assert [each.decides for each in result.evidence] == [True, True, False, True, False]
-    for each in (result.evidence[0], result.evidence[1], result.evidence[3]):
+    assert [each.decides for each in result.evidence] == [True, False, False, True, False]
+    for each in (result.evidence[0], result.evidence[3]):
         assert each.detection.p_value is not None
         assert "made for this test" in each.detection.threshold_source
     assert result.confidence is not None
