@@ -32,15 +32,16 @@ class Recovery:
     Ours: the paper prunes such filters and detects by another statistic. Here the loss L that the suppressed
     model has on clean images is compared with L without a filter j, ``(L - L_j) / L``. A backdoor pulls clean
     images to its target through a few filters, and one of them gives most of L back; in a clean model
-    suppression has spoilt all of them a little. Filters that the model itself needs do not count: the first
-    layers of clean models have filters that give back much, and cost much. The score is the mean of the
-    ``count`` largest benefits.
+    suppression has spoilt all of them a little. Only deep layers are looked at, and there only filters that
+    the model itself does not need: in the first layers of clean models, too, there are filters that give back
+    much. The score is the mean of the ``count`` largest benefits.
 
     The suspected target is the class that lost most of its wrong images when the filters of the score left
     together.
 
     Args:
         suppression: Clean suppression, Eq. 6 of MNP.
+        depth: Share of the layers that are looked at, from the one that runs last before the head, in (0, 1].
         candidates: So many filters are tried, by the first-order estimate of their benefit (Eq. 11).
         spared: A filter counts only if the clean loss of the model itself rises by at most this (nats)
             without it.
@@ -57,19 +58,20 @@ class Recovery:
     needs: ClassVar[str] = "clean images with labels"
 
     suppression: Suppression = field(default_factory=Suppression)
+    depth: float = 0.25
     candidates: int = 30
     spared: float = 0.01
     count: int = 5
     shift_weight: float = 1.5
-    threshold: float = 0.25
+    threshold: float = 0.12
     calibration: Calibration | None = None
     alpha: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 1 <= self.count <= self.candidates or not math.isfinite(self.spared):
+        if not (1 <= self.count <= self.candidates and 0 < self.depth <= 1 and math.isfinite(self.spared)):
             raise InvalidInputError(
-                "recovery needs 1 <= count <= candidates and a finite spared, got "
-                f"{self.count}, {self.candidates} and {self.spared}."
+                "recovery needs 1 <= count <= candidates, depth in (0, 1] and a finite spared, got "
+                f"{self.count}, {self.candidates}, {self.depth} and {self.spared}."
             )
 
     def score(
@@ -106,7 +108,9 @@ class Recovery:
             return Detection(math.nan, threshold, source, undetermined=problem)
         filter_map = find_filters(model, as_float(clean.images[:1]))
         promised = taylor_saliency(suppressed.model, clean, filter_map)
-        places = order(promised)[: self.candidates]
+        layers = [group.name for group in filter_map.prunable]
+        deep = layers[-max(1, round(self.depth * len(layers))) :]
+        places = order({name: promised[name] for name in deep})[: self.candidates]
         broken, without = removal_losses(suppressed.model, clean, filter_map, places, progress=progress)
         whole, costs = removal_losses(model, clean, filter_map, places, progress=progress)
         found = sorted(
