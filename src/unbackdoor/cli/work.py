@@ -94,12 +94,28 @@ def purify_document(
         passes=cost.describe(),
         warnings=[
             *warnings,
+            *weak_evidence(diagnostics.get("evidence", {})),
             *refused_relearning(diagnostics.get("relearning", [])),
             *remaining_triggers(diagnostics.get("relearning", []), learning.name_of),
         ],
         limits=list(PURIFY_LIMITS),
     )
     return PurifyJob(purified, document)
+
+
+def weak_evidence(found: Mapping[str, Any]) -> list[str]:
+    """Say that filters which suppression exposed stay, since none of them tells enough.
+
+    Args:
+        found: MNP's diagnostics of what suppression exposed.
+    """
+    if found.get("taken", True):
+        return []
+    return [
+        f"Suppression exposed {found['filters']} filters, as it does in clean models, too: none gives back more "
+        f"than {found['largest_benefit']:.0%} of what it broke, so all were kept. Remove them all the same with "
+        "--set evidence=0."
+    ]
 
 
 def refused_relearning(log: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from unbackdoor.cli.work import refused_relearning, remaining_triggers
+from unbackdoor.cli.work import refused_relearning, remaining_triggers, weak_evidence
 
 STEP = {"exposure": "inversion", "taken": True, "accuracy_of_the_suspect": 0.9, "accuracy": 0.8}
 
@@ -35,3 +35,11 @@ def test_triggers_that_the_last_round_left_are_named() -> None:
     (sentence,) = remaining_triggers([first], str)
     assert "still leads to class 0 and class 2;" in sentence
     assert remaining_triggers([first, STEP | {"left": []}], str) == remaining_triggers([STEP], str) == []
+
+
+def test_filters_that_tell_too_little_are_named_and_kept() -> None:
+    found = {"filters": 17, "largest_benefit": 0.112, "taken": False}
+    (sentence,) = weak_evidence(found)
+    assert "exposed 17 filters" in sentence
+    assert "none gives back more than 11% of what it broke" in sentence
+    assert weak_evidence(found | {"taken": True}) == weak_evidence({}) == []
