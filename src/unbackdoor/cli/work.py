@@ -112,9 +112,9 @@ def weak_evidence(found: Mapping[str, Any]) -> list[str]:
     if found.get("taken", True):
         return []
     return [
-        f"Suppression exposed {found['filters']} filters, as it does in clean models, too: none gives back more "
-        f"than {found['largest_benefit']:.0%} of what it broke, so all were kept. Remove them all the same with "
-        "--set evidence=0."
+        f"Suppression exposed {found['filters']} filters, as it does in clean models, too: none gives back "
+        f"more than {found['largest_benefit']:.0%} of what it broke, so all were kept. Remove them all the "
+        "same with --set evidence=0."
     ]
 
 
