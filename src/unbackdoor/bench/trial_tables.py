@@ -15,7 +15,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class Scored:
             refused.
         targets: Detector to the class that it suspects, or None.
         seconds: Detector to time; ``scan`` to that of a whole scan.
+        fixed: Detector to the threshold that it has without clean models, of those that have one.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Scored:
     scores: Mapping[str, float | None]
     targets: Mapping[str, int | None]
     seconds: Mapping[str, float]
+    fixed: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_clean(self) -> bool:
@@ -138,7 +140,8 @@ class Column:
     Args:
         detector: Its name, or ``scan``.
         data: The data set.
-        rate: The false-positive rate that its threshold guarantees; alpha, or the smallest possible one.
+        rate: The false-positive rate that its threshold guarantees; alpha, or the smallest possible one. NaN
+            for a fixed threshold.
         calibrated_on: Clean models behind the threshold, those on which it abstained among them.
         outcomes: All infected models that it was asked about, and the clean ones of the other half.
         seconds: Median time of a model.
@@ -213,6 +216,11 @@ def _scored(data: str, name: str, records: Sequence[Record], newest: Mapping[tup
         scores=scores,
         targets={label: answer["target_class"] for label, answer in found.items()},
         seconds=seconds,
+        fixed={
+            label: answer["fixed_threshold"]
+            for label, answer in found.items()
+            if answer.get("fixed_threshold") is not None
+        },
     )
 
 
@@ -304,8 +312,9 @@ def columns(
         alpha: False-positive rate asked for; where the clean models cannot guarantee it, the smallest rate
             that they can.
         calibration: Where thresholds come from, for the detectors that it has, with whatever options it was
-            made (see ``comparable``); all clean models are then tested. Without it, one half of the clean
-            models of each data set.
+            made (see ``comparable``); all clean models are then tested. The others are judged by their fixed
+            thresholds, which guarantee nothing. Without a file, one half of the clean models of each data
+            set.
     """
     found = []
     for data in dict.fromkeys(model.data for model in models):
@@ -323,6 +332,8 @@ def columns(
                 ]
             if rows or calibration is None:
                 found.append(_column(detector, parts, data, rows, tested, alpha))
+            elif any(detector in model.fixed for model in tested):
+                found.append(_fixed_column(detector, data, tested))
     return found
 
 
@@ -358,6 +369,28 @@ def _column(
         outcomes=tuple(_outcome(model, parts, rows, rate) for model in asked),
         seconds=statistics.median(times) if times else math.nan,
     )
+
+
+def _fixed_column(detector: str, data: str, tested: Sequence[Scored]) -> Column:
+    """Judge by the threshold that a detector has without clean models."""
+    asked = [model for model in tested if detector in model.scores]
+    outcomes = []
+    for model in asked:
+        score, threshold = model.scores[detector], model.fixed.get(detector, math.inf)
+        verdict: Verdict = (
+            "inconclusive" if score is None else "backdoored" if score >= threshold else "clean"
+        )
+        outcomes.append(
+            Outcome(
+                model,
+                verdict,
+                statistic=-math.inf if score is None else score,
+                target=model.targets.get(detector),
+                p_value=math.nan,
+            )
+        )
+    seconds = statistics.median(model.seconds.get(detector, 0.0) for model in asked)
+    return Column(detector, data, math.nan, 0, tuple(outcomes), seconds)
 
 
 def _scores(model: Scored, parts: Sequence[str]) -> dict[str, float]:
@@ -445,7 +478,7 @@ def _summary(column: Column, infected: Sequence[Outcome], clean: Sequence[Outcom
         counted(_rate(infected, lambda o: o.inconclusive)),
         counted(_rate(clean, lambda o: o.inconclusive)),
         f"{column.seconds:.1f}",
-        f"{column.calibrated_on} clean, {column.rate:.1%}",
+        "fixed" if math.isnan(column.rate) else f"{column.calibrated_on} clean, {column.rate:.1%}",
     ]
 
 

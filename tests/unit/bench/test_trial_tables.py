@@ -193,6 +193,36 @@ def test_thresholds_may_come_from_a_file() -> None:
     assert sum(o.flagged for o in found["collapse"].of(clean=True)) == 20
 
 
+def test_what_a_file_does_not_have_is_judged_by_its_fixed_threshold() -> None:
+    file = CalibrationSet(
+        description="made up",
+        kind=Kind(architecture="x", parameters=1, num_classes=2, image_shape=(3, 8, 8)),
+        images=500,
+        options={"collapse": {}},
+        models=tuple(ScoredModel(name=str(i), scores={"collapse": 0.01 * i}) for i in range(20)),
+    )
+    records = [
+        record("clean-00", None, {"collapse": 0.1, "recovery": 0.11, "mnp": 0.1}),
+        record("badnets-00", "badnets", {"collapse": 0.1, "recovery": 0.3, "mnp": 0.1}),
+        record("badnets-01", "badnets", {"collapse": 0.1, "recovery": 0.1, "mnp": 0.1}),
+        record("badnets-02", "badnets", {"collapse": 0.1, "recovery": None, "mnp": 0.1}),
+    ]
+    for each in records:
+        each["detections"]["recovery"]["fixed_threshold"] = 0.12
+        each["detections"]["mnp"]["fixed_threshold"] = None
+    found = {column.detector: column for column in columns(scored(records), 0.05, file)}
+    assert set(found) == {"collapse", "recovery"}
+    verdicts = {o.model.name: o.verdict for o in found["recovery"].outcomes}
+    assert verdicts == {
+        "clean-00": "clean",
+        "badnets-00": "backdoored",
+        "badnets-01": "clean",
+        "badnets-02": "inconclusive",
+    }
+    (row,) = (line for line in summary_table([found["recovery"]]).splitlines() if "| all |" in line)
+    assert row.endswith("| fixed |")
+
+
 def test_groups_keep_all_of_a_name_but_its_number() -> None:
     records = [record(name, "badnets", {"mnp": 0.0}) for name in ("badnets-0.5pct", "badnets-a2a-03")]
     assert {model.group for model in scored(records)} == {"badnets-0.5pct", "badnets-a2a"}
