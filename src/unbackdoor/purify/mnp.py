@@ -82,9 +82,8 @@ class MNP:
             than the guard allows is not taken.
         relearning: How.
         retries: How often relearning on triggers that cost more clean accuracy than the guard allows is tried
-            again, each time with half of the stamped share of its batches.
-        retry_from: Where it starts again: from the pruned ``survivors``, or from what was ``relearnt`` and
-            cost too much, which then learns on.
+            again, each time with half of the stamped share of its batches, and ``retry_rate`` of its rate.
+        retry_rate: Factor on the learning rate of each further try, in (0, 1].
         restarts: How often triggers are inverted once more, from other random starts, before anything is
             removed: one is seldom the attacker's, several cover more of what works.
         refined: How many classes, from the one with the smallest patch, are inverted so often before any is
@@ -142,7 +141,7 @@ class MNP:
     relearns: Literal["never", "triggers", "always"] = "triggers"
     relearning: Relearning = field(default_factory=Relearning)
     retries: int = 2
-    retry_from: Literal["survivors", "relearnt"] = "survivors"
+    retry_rate: float = 0.3
     restarts: int = 3
     refined: int = 2
     evidence: float = 0.15
@@ -184,8 +183,8 @@ class MNP:
             raise InvalidInputError(
                 f"relearns must be 'never', 'triggers' or 'always', got {self.relearns!r}."
             )
-        if self.retry_from not in ("survivors", "relearnt"):
-            raise InvalidInputError(f"retry_from must be 'survivors' or 'relearnt', got {self.retry_from!r}.")
+        if not 0 < self.retry_rate <= 1:
+            raise InvalidInputError(f"retry_rate must lie in (0, 1], got {self.retry_rate}.")
         if not (0 < self.outlier_share <= 1 and 0 < self.warp_share <= 1):
             raise InvalidInputError(
                 f"outlier_share and warp_share must lie in (0, 1], got {self.outlier_share} and "
@@ -473,18 +472,18 @@ class _Run:
 
     def _relearn(self, way: Way, exposure: _Exposure, generator: torch.Generator) -> float | None:
         """Tune the survivors and return what of the triggers' loss is gone; None if that costs too much."""
-        method = self.method
-        options, start = method.relearning, self.pruned()
-        for left in reversed(range(1 + (method.retries if exposure.triggers else 0))):
-            relearnt, taken = self._relearnt(way, exposure, start, options, generator)
-            if taken:
+        options, retries = self.method.relearning, self.method.retries if exposure.triggers else 0
+        relearnt = self._relearnt(way, exposure, options, generator)
+        for _ in range(retries):
+            if relearnt is not None:
                 break
-            if left:
-                self.diagnostics["relearning"][-1]["tried_again"] = True
-                options = replace(options, stamped_fraction=options.stamped_fraction / 2)
-                if relearnt is not None and method.retry_from == "relearnt":
-                    start = relearnt
-        if relearnt is None or not taken:
+            self.diagnostics["relearning"][-1]["tried_again"] = True
+            slower = replace(
+                options.recipe, learning_rate=self.method.retry_rate * options.recipe.learning_rate
+            )
+            options = replace(options, recipe=slower, stamped_fraction=options.stamped_fraction / 2)
+            relearnt = self._relearnt(way, exposure, options, generator)
+        if relearnt is None:
             return None
         self.survivor = relearnt
         if not exposure.triggers or exposure.exposed is None:
@@ -495,9 +494,9 @@ class _Run:
         return 1 - after / before
 
     def _relearnt(
-        self, way: Way, exposure: _Exposure, start: nn.Module, options: Relearning, generator: torch.Generator
-    ) -> tuple[nn.Module | None, bool]:
-        """Return a tuned copy of ``start``, None if it cannot be tuned; and whether to take it."""
+        self, way: Way, exposure: _Exposure, options: Relearning, generator: torch.Generator
+    ) -> nn.Module | None:
+        """Tune a copy of the survivors; None if that costs too much."""
         method, model = self.method, self.pruned()
 
         def restrain(network: nn.Module) -> None:
@@ -506,13 +505,13 @@ class _Run:
         log = self.diagnostics.setdefault("relearning", [])
         try:
             relearnt, record = relearn(
-                start, self.model, self.learning, exposure.triggers, options,
+                model, self.model, self.learning, exposure.triggers, options,
                 restrain=restrain, generator=rng.spawn(generator), progress=self.progress,
             )  # fmt: skip
         except UnsupportedModelError as error:
             # What was pruned is worth keeping, even where the network cannot be tuned.
             log.append({"exposure": way, "taken": False, "problem": str(error)})
-            return None, False
+            return None
         suspect, now = (accuracy_of(network, self.guarding) for network in (self.model, relearnt))
         taken = now >= suspect - method.guard.accuracy - 1e-9
         successes = [
@@ -523,13 +522,14 @@ class _Run:
                 "exposure": way,
                 "taken": taken,
                 "stamped_fraction": options.stamped_fraction,
+                "learning_rate": options.recipe.learning_rate,
                 "losses": list(record.losses),
                 "accuracy_of_the_suspect": suspect,
                 "accuracy": now,
                 "trigger_success": successes,
             }
         )
-        return relearnt, taken
+        return relearnt if taken else None
 
     def _m1(
         self, model: nn.Module, data: LabelledImages, source: nn.Module, generator: torch.Generator
