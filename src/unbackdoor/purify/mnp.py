@@ -82,8 +82,7 @@ class MNP:
             than the guard allows is not taken.
         relearning: How.
         retries: How often relearning on triggers that cost more clean accuracy than the guard allows is tried
-            again, each time with half of the stamped share of its batches, and ``retry_rate`` of its rate.
-        retry_rate: Factor on the learning rate of each further try, in (0, 1].
+            again, each time with half of the stamped share of its batches.
         restarts: How often triggers are inverted once more, from other random starts, before anything is
             removed: one is seldom the attacker's, several cover more of what works.
         refined: How many classes, from the one with the smallest patch, are inverted so often before any is
@@ -141,7 +140,6 @@ class MNP:
     relearns: Literal["never", "triggers", "always"] = "triggers"
     relearning: Relearning = field(default_factory=Relearning)
     retries: int = 2
-    retry_rate: float = 0.3
     restarts: int = 3
     refined: int = 2
     evidence: float = 0.15
@@ -183,8 +181,6 @@ class MNP:
             raise InvalidInputError(
                 f"relearns must be 'never', 'triggers' or 'always', got {self.relearns!r}."
             )
-        if not 0 < self.retry_rate <= 1:
-            raise InvalidInputError(f"retry_rate must lie in (0, 1], got {self.retry_rate}.")
         if not (0 < self.outlier_share <= 1 and 0 < self.warp_share <= 1):
             raise InvalidInputError(
                 f"outlier_share and warp_share must lie in (0, 1], got {self.outlier_share} and "
@@ -478,10 +474,7 @@ class _Run:
             if relearnt is not None:
                 break
             self.diagnostics["relearning"][-1]["tried_again"] = True
-            slower = replace(
-                options.recipe, learning_rate=self.method.retry_rate * options.recipe.learning_rate
-            )
-            options = replace(options, recipe=slower, stamped_fraction=options.stamped_fraction / 2)
+            options = replace(options, stamped_fraction=options.stamped_fraction / 2)
             relearnt = self._relearnt(way, exposure, options, generator)
         if relearnt is None:
             return None

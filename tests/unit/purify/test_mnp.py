@@ -227,10 +227,8 @@ def test_relearning_that_costs_too_much_is_tried_again_with_fewer_triggers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shares: list[float] = []
-    rates: list[float] = []
 
     def costly(model: Any, *others: Any, **options: Any) -> Any:  # noqa: ANN401
-        rates.append(others[3].recipe.learning_rate)
         shares.append(others[3].stamped_fraction)
         broken, record = relearn(model, *others, **options)
         if len(shares) < 3:
@@ -241,7 +239,6 @@ def test_relearning_that_costs_too_much_is_tried_again_with_fewer_triggers(
     monkeypatch.setattr(mnp, "relearn", costly)
     log = purify(replace(RELEARNING, rounds=1)).diagnostics["relearning"]
     assert shares == [0.5, 0.25, 0.125]
-    assert rates == pytest.approx([rates[0], 0.3 * rates[0], 0.09 * rates[0]])
     assert [tried["taken"] for tried in log] == [False, False, True]
     assert ["tried_again" in tried for tried in log] == [True, True, False]
     shares.clear()
@@ -379,7 +376,6 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
         ({"restarts": -1}, "restarts, refined and retries 0; got 4, -1, 2 and 2"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"retries": -1}, "refined and retries 0"),
-        ({"retry_rate": 0.0}, r"retry_rate must lie in \(0, 1\], got 0.0"),
         ({"evidence": 1.0}, r"evidence must lie in \[0, 1\), got 1.0"),
         ({"warp_share": 0.0}, "outlier_share and warp_share"),
         ({"relearns": "sometimes"}, "relearns must be"),
