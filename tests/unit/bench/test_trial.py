@@ -115,7 +115,7 @@ def test_a_question_is_answered_once_and_a_changed_default_is_a_new_one(tmp_path
     assert len(said) == len(store.records()) == 2
     record = store.records()[scan.key]
     assert (record["status"], record["attack"], record["valid"]) == ("ok", None, True)
-    assert set(record["detections"]) == {"collapse", "mnp", "trigger_search", "head_weights"}
+    assert set(record["detections"]) == {"collapse", "recovery", "mnp", "trigger_search", "head_weights"}
     assert record["detections"]["head_weights"]["score"] is not None
     assert record["kind"]["num_classes"] == 10
     # The whole takes at least as long as its parts, of which one is the run that two read.

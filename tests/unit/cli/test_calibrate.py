@@ -48,7 +48,9 @@ def test_own_models_are_scored_once_and_used_by_a_scan(
     assert {"trigger-search", "head-weights"} <= {line.split()[0] for line in first.out.splitlines()}
     found = read_calibration(out)
     assert (found.origin, found.images, found.split, len(found.models)) == ("models", 80, "train", 1)
-    assert set(found.options) == {"collapse", "mnp", "trigger_search", "head_weights", "rnp_label"}
+    assert set(found.options) == {
+        "collapse", "recovery", "mnp", "trigger_search", "head_weights", "rnp_label",
+    }  # fmt: skip
     assert set(found.models[0].scores) == set(found.options)
     assert found.kind.num_classes == 8
     assert found.models[0].clean_accuracy == 1.0
