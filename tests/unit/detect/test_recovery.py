@@ -56,7 +56,10 @@ def test_the_filters_that_carry_a_backdoor_give_back_what_suppression_broke() ->
     assert guilty.evidence["pattern"] == "all-to-one"
     assert guilty.score > 2.5 * clean.score
     assert guilty.is_backdoored
-    assert judged(Recovery(SUPPRESSION, threshold=clean.score + 0.1)).is_backdoored
+    # A threshold between the two flags the one and not the other.
+    between = replace(RECOVERY, count=3, threshold=(guilty.score + clean.score) / 2)
+    assert judged(between).is_backdoored
+    assert not judged(between, infected=False).is_backdoored
     assert guilty.evidence["accuracy_without_them"] > 0.9
     json.dumps(dict(guilty.evidence), allow_nan=False)
 
