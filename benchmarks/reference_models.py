@@ -39,14 +39,18 @@ class Spec:
 
 def _specs() -> dict[str, Spec]:
     recipe = Recipe.short(24)
-    return _calibration_specs() | {
-        "clean-0": Spec(None, 0, recipe),
-        "badnets-0": Spec(BadNets(recipe=recipe), 0, recipe),
-        "blend-0": Spec(Blend(target_class=7, recipe=recipe), 0, recipe),
-        "a2a-0": Spec(BadNets(rule="all_to_all", recipe=recipe), 0, recipe),
-        "clean-1": Spec(None, 1, recipe),
-        "clean-2": Spec(None, 2, recipe),
-    }
+    return (
+        _calibration_specs()
+        | _zoo_like_specs()
+        | {
+            "clean-0": Spec(None, 0, recipe),
+            "badnets-0": Spec(BadNets(recipe=recipe), 0, recipe),
+            "blend-0": Spec(Blend(target_class=7, recipe=recipe), 0, recipe),
+            "a2a-0": Spec(BadNets(rule="all_to_all", recipe=recipe), 0, recipe),
+            "clean-1": Spec(None, 1, recipe),
+            "clean-2": Spec(None, 2, recipe),
+        }
+    )
 
 
 def _calibration_specs() -> dict[str, Spec]:
@@ -61,6 +65,23 @@ def _calibration_specs() -> dict[str, Spec]:
             learning_rate=(0.1, 0.03)[index % 5 // 4],
         )
         specs[f"calibration-{index:02d}"] = Spec(None, 100 + index, recipe, images=20_000)
+    return specs
+
+
+def _zoo_like_specs() -> dict[str, Spec]:
+    """Return twenty clean models that are trained about as long as those of the zoo, and varied as those."""
+    specs = {}
+    for index in range(20):
+        recipe = Recipe(
+            epochs=(8, 6, 10)[index % 3],
+            schedule="one_cycle",
+            learning_rate=0.05 if index % 5 == 4 else 0.15,
+            nesterov=True,
+            weight_decay=(5e-4, 1e-4, 1e-3, 2e-3)[index % 4],
+            crop_padding=(2, 4, 0)[index // 4 % 3],
+            flip=index % 5 != 3,
+        )
+        specs[f"zoo-like-{index:02d}"] = Spec(None, 200 + index, recipe, images=40_000)
     return specs
 
 
