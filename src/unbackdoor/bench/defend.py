@@ -215,7 +215,7 @@ def cell_of(
     )
 
 
-LATER_OPTIONS = {"mnp": {"relearning.path_radius": "0", "evidence": "0"}}
+LATER_OPTIONS = {"mnp": {"relearning.path_radius": "0", "evidence": "0", "retry_crops": "true"}}
 """Options that came after the first records, with what was meant before: equal questions keep their keys."""
 
 

@@ -83,6 +83,8 @@ class MNP:
         relearning: How.
         retries: How often relearning on triggers that cost more clean accuracy than the guard allows is tried
             again, each time with half of the stamped share of its batches.
+        retry_crops: Crop the images in these tries, too, as the recipe says. While the survivors learn, norms
+            take the statistics of what they are shown: where crops cost too much, images as they are do not.
         restarts: How often triggers are inverted once more, from other random starts, before anything is
             removed: one is seldom the attacker's, several cover more of what works.
         refined: How many classes, from the one with the smallest patch, are inverted so often before any is
@@ -140,6 +142,7 @@ class MNP:
     relearns: Literal["never", "triggers", "always"] = "triggers"
     relearning: Relearning = field(default_factory=Relearning)
     retries: int = 2
+    retry_crops: bool = False
     restarts: int = 3
     refined: int = 2
     evidence: float = 0.15
@@ -474,7 +477,7 @@ class _Run:
             if relearnt is not None:
                 break
             self.diagnostics["relearning"][-1]["tried_again"] = True
-            options = replace(options, stamped_fraction=options.stamped_fraction / 2)
+            options = self._gentler(options)
             relearnt = self._relearnt(way, exposure, options, generator)
         if relearnt is None:
             return None
@@ -485,6 +488,15 @@ class _Run:
             clean_loss(network, exposure.exposed.data) for network in (exposure.exposed.model, relearnt)
         )
         return 1 - after / before
+
+    def _gentler(self, options: Relearning) -> Relearning:
+        """Return what is tried where ``options`` cost too much."""
+        crop = options.recipe.crop_padding if self.method.retry_crops else 0
+        return replace(
+            options,
+            recipe=replace(options.recipe, crop_padding=crop),
+            stamped_fraction=options.stamped_fraction / 2,
+        )
 
     def _relearnt(
         self, way: Way, exposure: _Exposure, options: Relearning, generator: torch.Generator
@@ -516,6 +528,7 @@ class _Run:
                 "taken": taken,
                 "stamped_fraction": options.stamped_fraction,
                 "learning_rate": options.recipe.learning_rate,
+                "crop_padding": options.recipe.crop_padding,
                 "losses": list(record.losses),
                 "accuracy_of_the_suspect": suspect,
                 "accuracy": now,

@@ -227,9 +227,11 @@ def test_relearning_that_costs_too_much_is_tried_again_with_fewer_triggers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shares: list[float] = []
+    crops: list[int] = []
 
     def costly(model: Any, *others: Any, **options: Any) -> Any:  # noqa: ANN401
         shares.append(others[3].stamped_fraction)
+        crops.append(others[3].recipe.crop_padding)
         broken, record = relearn(model, *others, **options)
         if len(shares) < 3:
             for parameter in broken.parameters():
@@ -237,12 +239,19 @@ def test_relearning_that_costs_too_much_is_tried_again_with_fewer_triggers(
         return broken, record
 
     monkeypatch.setattr(mnp, "relearn", costly)
-    log = purify(replace(RELEARNING, rounds=1)).diagnostics["relearning"]
+    cropped = replace(RELEARNING.relearning, recipe=replace(RELEARNING.relearning.recipe, crop_padding=2))
+    method = replace(RELEARNING, rounds=1, relearning=cropped)
+    log = purify(method).diagnostics["relearning"]
     assert shares == [0.5, 0.25, 0.125]
+    assert crops == [2, 0, 0]
     assert [tried["taken"] for tried in log] == [False, False, True]
     assert ["tried_again" in tried for tried in log] == [True, True, False]
     shares.clear()
-    assert len(purify(replace(RELEARNING, rounds=1, retries=1)).diagnostics["relearning"]) == 2
+    crops.clear()
+    assert len(purify(replace(method, retry_crops=True)).diagnostics["relearning"]) == 3
+    assert crops == [2, 2, 2]
+    shares.clear()
+    assert len(purify(replace(method, retries=1)).diagnostics["relearning"]) == 2
     shares.clear()
     # Without triggers there is nothing to stamp less of.
     purify(replace(QUICK, relearns="always"))
