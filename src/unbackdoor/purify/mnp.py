@@ -141,7 +141,7 @@ class MNP:
     settled: float = 0.7
     relearns: Literal["never", "triggers", "always"] = "triggers"
     relearning: Relearning = field(default_factory=Relearning)
-    retries: int = 3
+    retries: int = 2
     retry_crops: bool = False
     restarts: int = 3
     refined: int = 2

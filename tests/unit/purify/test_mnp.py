@@ -382,7 +382,7 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
         ({"exposures": ()}, "exposures must name"),
         ({"exposures": ("magic",)}, "exposures must name"),
         ({"outlier_share": 0.0}, "outlier_share and warp_share must lie"),
-        ({"restarts": -1}, "restarts, refined and retries 0; got 4, -1, 2 and 3"),
+        ({"restarts": -1}, "restarts, refined and retries 0; got 4, -1, 2 and 2"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"retries": -1}, "refined and retries 0"),
         ({"evidence": 1.0}, r"evidence must lie in \[0, 1\), got 1.0"),
