@@ -258,7 +258,7 @@ def test_a_calibration_with_other_options_or_images_does_not_apply() -> None:
     scan = calibrated(FAST, 0.3, 0.0)
     result = scanned(replace(scan, suppression=Suppression(budget=61)), planted().model, images())
     assert result.verdict == "inconclusive"
-    assert "made with other options of unlearning exposure" in " ".join(result.warnings)
+    assert "made with other options of collapse and recovery" in " ".join(result.warnings)
     result = scanned(calibrated(FAST, 0.3, 0.0, count=320), planted().model, images(80))
     assert result.verdict == "inconclusive"
     assert "made with 320 images and does not hold for 80" in result.warnings[0]
