@@ -28,6 +28,9 @@ def calibrate(
     ),
     split: o.Split = "train",
     clean_count: o.CleanCount = 500,
+    draws: int = typer.Option(
+        1, min=1, help="Score each model with so many draws of images, and keep its highest scores."
+    ),
     image_size: o.ImageSize = None,
     class_names: o.ClassNames = None,
     mean: o.Mean = None,
@@ -97,6 +100,7 @@ def calibrate(
         architecture=arch,
         split=split or "",
         normalisation=f"{normalize} {mean} {std}",
+        draws=draws,
         anew=force,
     )
     with console.progress_bar(hidden=as_json) as progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +59,7 @@ class Plan:
         images: How many are drawn.
         split: The part of the data set that they are from; empty if unknown.
         seed: Draws and detectors follow it.
+        draws: So many draws of images a model, whose highest scores count.
         origin: See ``CalibrationSet``.
         description: Which models these are, in words.
         architecture: Their name.
@@ -76,6 +77,7 @@ class Plan:
     architecture: str
     split: str = ""
     normalisation: str = ""
+    draws: int = 1
     anew: bool = False
 
     @cached_property
@@ -121,27 +123,28 @@ def calibrate(
         known = {model.sha256 for model in found.models} if found else set()
         if digest in known:
             continue  # scored before an interruption, or the same file twice
-        clean = draw_balanced(plan.pool, plan.images, rng.generator(plan.seed + index))
-        classes = check_fits(network, clean, purpose="a calibration", at_least=2)
-        plausible = check_plausible(network, clean)
+        first = draw_balanced(plan.pool, plan.images, rng.generator(plan.seed + index * plan.draws))
+        classes = check_fits(network, first, purpose="a calibration", at_least=2)
+        plausible = check_plausible(network, first)
         if plausible.problem:
             problem = plausible.problem
             say(f"left out: {entry.name}: {problem}")
             continue
-        kind = Kind.of(network, clean, classes, architecture=plan.architecture)
-        found = found or _begun(plan, kind, len(clean))
+        kind = Kind.of(network, first, classes, architecture=plan.architecture)
+        found = found or _begun(plan, kind, len(first))
         if not found.kind.is_like(kind):
             raise InvalidInputError(
                 f"{entry.name} is {kind.words()}, the models before it are {found.kind.words()}; calibrate "
                 "each kind by itself."
             )
-        generator = rng.generator(plan.seed + index)
-        measured = plan.scan.measure(network, clean, generator=generator, progress=progress)
         scored = ScoredModel(
             name=entry.name,
             sha256=digest,
             clean_accuracy=plausible.accuracy.value,
-            scores=measured.scores(),
+            scores=highest(
+                _scores(plan, network, plan.seed + index * plan.draws + draw, progress)
+                for draw in range(plan.draws)
+            ),
         )
         found = found.model_copy(update={"models": (*found.models, scored)})
         write_calibration(found, plan.out)
@@ -149,6 +152,24 @@ def calibrate(
     if found is None or not found.models:
         raise InvalidInputError(f"no model can be used for a calibration: {problem}.")
     return found
+
+
+def highest(scores: Iterable[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Return the highest score of each detector over several draws; None where it abstained on all.
+
+    Args:
+        scores: Detector to score, one mapping a draw, all of the same detectors.
+    """
+    draws = list(scores)
+    return {
+        name: max((score for row in draws if (score := row[name]) is not None), default=None)
+        for name in draws[0]
+    }
+
+
+def _scores(plan: Plan, network: nn.Module, seed: int, progress: Progress) -> dict[str, float | None]:
+    clean = draw_balanced(plan.pool, plan.images, rng.generator(seed))
+    return plan.scan.measure(network, clean, generator=rng.generator(seed), progress=progress).scores()
 
 
 def model_files(paths: Iterable[Path]) -> list[Path]:
@@ -199,6 +220,7 @@ def _begun(plan: Plan, kind: Kind, images: int) -> CalibrationSet:
         split=plan.split,
         drawn_from=plan.drawn_from,
         seed=plan.seed,
+        draws=plan.draws,
         options=plan.options(),
     )
 
@@ -212,8 +234,8 @@ def _started(plan: Plan) -> CalibrationSet | None:
     if plan.anew or not plan.out.exists():
         return None
     found = read_calibration(plan.out)
-    wanted = (plan.origin, plan.description, min(plan.images, len(plan.pool)))
-    same = (found.origin, found.description, found.images) == wanted
+    wanted = (plan.origin, plan.description, min(plan.images, len(plan.pool)), plan.draws)
+    same = (found.origin, found.description, found.images, found.draws) == wanted
     # Older files do not say.
     same = same and found.split in ("", plan.split) and found.drawn_from in ("", plan.drawn_from)
     same = same and found.seed in (None, plan.seed)

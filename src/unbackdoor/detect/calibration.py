@@ -182,6 +182,8 @@ class CalibrationSet(_Part):
         drawn_from: Hash of the images that these were drawn from, and of how they were given to the models;
             empty if unknown.
         seed: Of the draws; None if unknown.
+        draws: Each model was scored with so many draws of images, and the highest score of each detector was
+            noted. A suspect is scored once, so that with more than one its p-value errs on the side of clean.
         options: Detector to the options it was run with; its scores hold for these only.
         models: One entry a model.
     """
@@ -194,6 +196,7 @@ class CalibrationSet(_Part):
     split: str = ""
     drawn_from: str = ""
     seed: int | None = None
+    draws: int = Field(default=1, ge=1)
     options: dict[str, dict[str, Any]]
     models: tuple[ScoredModel, ...] = ()
 
@@ -245,7 +248,8 @@ class CalibrationSet(_Part):
             "surrogates": "from surrogates trained on your images",
         }
         count = len(self.models) if n is None else n
-        return f"{count} clean models, {whose[self.origin]}: {self.description}"
+        highest = "" if self.draws == 1 else f" by their highest of {self.draws} scores"
+        return f"{count} clean models{highest}, {whose[self.origin]}: {self.description}"
 
     def text(self) -> str:
         """Return the content of a file."""

@@ -8,6 +8,7 @@ import torch
 
 from unbackdoor import rng
 from unbackdoor.cli import surrogates
+from unbackdoor.cli.calibrating import highest
 from unbackdoor.data import load_images
 from unbackdoor.data.checks import clean_draw
 from unbackdoor.detect.calibration import CalibrationSet, read_calibration
@@ -148,6 +149,34 @@ def test_a_file_goes_on_with_the_same_images_alone(
     fewer = run("calibrate", honest, "--arch", ARCH, "--clean", files.few, *QUICK, "--out", out)
     assert fewer.code == 2
     assert out.read_bytes() == before
+
+
+def test_of_several_draws_the_highest_scores_count(
+    run: Run, files: Files, honest: Path, tmp_path: Path
+) -> None:
+    single = []
+    for seed in (4, 5):
+        out = tmp_path / f"{seed}.json"
+        assert calibrate(run, files, honest / "model0", "--out", out, "--seed", seed).code == 0
+        single.append(read_calibration(out).models[0].scores)
+    assert single[0] != single[1]
+    out = tmp_path / "c.json"
+    assert calibrate(run, files, honest, "--out", out, "--seed", 4, "--draws", 2).code == 0
+    found = read_calibration(out)
+    assert found.draws == 2
+    assert len(found.models) == 2
+    for name, score in found.models[0].scores.items():
+        seen = [value for scores in single if (value := scores[name]) is not None]
+        assert score == max(seen, default=None)
+    assert found.words().startswith("2 clean models by their highest of 2 scores, from your own models: ")
+    # With another number of draws the scores mean something else.
+    other = calibrate(run, files, honest, "--out", out, "--seed", 4)
+    assert "holds a calibration made with other options, models or images" in other.err
+
+
+def test_a_detector_that_abstains_on_all_draws_has_no_score() -> None:
+    draws = [{"a": None, "b": 0.1, "c": None}, {"a": -0.2, "b": 0.3, "c": None}]
+    assert highest(draws) == {"a": -0.2, "b": 0.3, "c": None}
 
 
 def test_surrogates_leave_out_what_a_scan_with_their_seed_draws() -> None:
