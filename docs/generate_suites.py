@@ -23,7 +23,7 @@ HEAD = """# Suites
 Made by `python docs/generate_suites.py` from `src/unbackdoor/bench/suites/*.toml`; change those.
 
 `unbackdoor bench SUITE --data FOLDER --out RUN` runs one, `unbackdoor tables RUN` shows what came of it;
-[how to](../how-to/run-the-benchmark.md). Each has a size for a CPU, most have the paper's, which needs a GPU, and five of the large ones have a `small` one. A
+[how to](../how-to/run-the-benchmark.md). Each has a size for a CPU, most have the paper's, which needs a GPU, and six of the large ones have a `small` one. A
 question is one method with its options on one model with some clean images and a seed; it is answered once and its
 record says everything. Models that are not in the zoo are trained by the suite, once, into a folder that all suites
 beside it share.
