@@ -30,8 +30,8 @@ beside it share.
 
 **Detectors in `table4`.** Detectors of models see clean images. Those of training sets (AC, SC) see what the model
 was trained on, clean images and those of the poison plan with the trigger and their new labels, and each says by its
-own [documented rule](detectors.md#detectors-of-training-sets-and-inputs) what that means for the model; for attacks that also perturb images (CL) the perturbation is not
-kept and so left out. STRIP judges inputs: it counts as having found the backdoor if it flags at least half of the
+own [documented rule](detectors.md#detectors-of-training-sets-and-inputs) what that means for the model. What the plan does not hold is left out: perturbations beside the trigger (CL, FC),
+weaker triggers and covers of training (SIG, Adap-Blend, Adap-Patch), and decoys that are drawn anew in each epoch (WaNet, IAB, BPP, DFST). STRIP judges inputs: it counts as having found the backdoor if it flags at least half of the
 triggered test images at the threshold that one clean one in a hundred exceeds.
 
 **A suite of your own** is a TOML file of the same form: `unbackdoor bench mine.toml --data FOLDER`. Sizes name lists

@@ -15,6 +15,9 @@ from unbackdoor.types import LabelledImages, as_float
 Precision = Literal["auto", "fp32", "bf16"]
 EVALUATION_BATCH = 250
 
+NO_CLASS = -1
+"""What a network predicts whose logits are not numbers."""
+
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter or buffer (the CPU if it has none)."""
@@ -127,8 +130,12 @@ def logits_of(model: nn.Module, images: Tensor, *, batch_size: int = EVALUATION_
 
 
 def predictions_of(model: nn.Module, images: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
-    """Return the predicted classes, int64 ``(N,)`` on the CPU."""
-    return logits_of(model, images, batch_size=batch_size).argmax(1).cpu()
+    """Return the predicted classes, int64 ``(N,)`` on the CPU; -1 where the model's answer is no number.
+
+    Otherwise a network that was ruined would count as right on the first class.
+    """
+    logits = logits_of(model, images, batch_size=batch_size)
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), NO_CLASS).cpu()
 
 
 def accuracy_of(model: nn.Module, data: LabelledImages, *, batch_size: int = EVALUATION_BATCH) -> float:

@@ -157,7 +157,7 @@ def learn_masks(
 
 def _masked_groups(filter_map: FilterMap, target: str) -> tuple[FilterGroup, ...]:
     if target == "filter":
-        return filter_map.prunable
+        return filter_map.require_prunable()
     groups = tuple(g for g in filter_map.prunable if any(n.kind == "batch" and n.weight for n in g.norms))
     if not groups:
         raise UnsupportedModelError(

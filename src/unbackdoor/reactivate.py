@@ -208,7 +208,7 @@ class QueryAttack:
             return self._descend(model, base, wanted)
         channels, height, width = base.shape[1:]
         signs = torch.randint(0, 2, (channels, 1, width), generator=generator) * 2.0 - 1.0
-        best = (self.eps * signs).expand(channels, height, width).clone()
+        best = (self.eps * signs).expand(channels, height, width).clone().to(base.device)
         lowest = _loss(model, base + best, wanted)
         for step in range(self.steps):
             side = max(1, round(self.first_square * (1 - step / self.steps) * min(height, width)))
@@ -216,7 +216,7 @@ class QueryAttack:
             column = int(torch.randint(0, width - side + 1, (1,), generator=generator))
             trial = best.clone()
             colour = torch.randint(0, 2, (channels, 1, 1), generator=generator) * 2.0 - 1.0
-            trial[:, row : row + side, column : column + side] = self.eps * colour
+            trial[:, row : row + side, column : column + side] = (self.eps * colour).to(base.device)
             if (loss := _loss(model, base + trial, wanted)) < lowest:
                 best, lowest = trial, loss
         return best
@@ -285,9 +285,15 @@ def _loss(model: nn.Module, images: Tensor, wanted: Tensor) -> float:
     return float(F.cross_entropy(logits, wanted.to(logits.device)))
 
 
+def _stamped(images: Tensor, stamp: Trigger, delta: Tensor) -> list[Tensor]:
+    """Return the images with trigger and change in parts, where they lie."""
+    stamped = (stamp(as_float(part)) for part in images.split(1024))
+    return [quantise(part + delta.to(part.device)) for part in stamped]
+
+
 def _success(
     model: nn.Module, eligible: LabelledImages, stamp: Trigger, delta: Tensor, label_rule: LabelRule
 ) -> Rate:
-    parts = [quantise(stamp(as_float(part)) + delta) for part in eligible.images.split(1024)]
+    parts = _stamped(eligible.images, stamp, delta)
     predictions = torch.cat([predictions_of(model, part).cpu() for part in parts])
     return Rate.of(predictions == label_rule(eligible.labels).cpu())

@@ -646,3 +646,28 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     read_checkpoint(path)
     refusal_of(write_program(tmp_path / "bad.pt", b"NN"))
     assert list(private.iterdir()) == []
+
+
+def test_thousands_of_names_for_one_tensor_cost_one_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    isfinite = torch.isfinite
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        looks.append(tensor.numel())
+        return isfinite(tensor)
+
+    monkeypatch.setattr(torch, "isfinite", counted)
+    shared = torch.ones(1000)
+    path = tmp_path / "aliases.pt"
+    path.write_bytes(saved({f"layer{i}.weight": shared for i in range(500)}))
+    assert len(read_checkpoint(path).tensors) == 500
+    assert looks == [1000]
+
+
+def test_a_negative_variance_under_a_second_name(tmp_path: Path) -> None:
+    shared = torch.tensor([1.0, -0.5])
+    path = tmp_path / "var.pt"
+    path.write_bytes(saved({"layer.weight": shared, "bn.running_var": shared}))
+    assert "'bn.running_var' contains the negative variance -0.5" in refusal_of(path)

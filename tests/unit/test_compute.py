@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -179,3 +181,14 @@ def test_devices_that_do_not_exist_and_that_are_not_here() -> None:
         compute.device_named("gpu")
     with pytest.raises(InvalidInputError, match="device 'cuda:99' is not available here"):
         compute.device_named("cuda:99")
+
+
+def test_an_answer_that_is_no_number_is_no_class() -> None:
+    class HalfBroken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = x.flatten(1)
+            return torch.where(logits[:, :1] > 0.5, logits, math.nan)
+
+    images = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).view(2, 1, 1, 2)
+    assert compute.predictions_of(HalfBroken(), images).tolist() == [0, compute.NO_CLASS]
+    assert compute.accuracy_of(HalfBroken(), LabelledImages(images, torch.zeros(2, dtype=torch.int64))) == 0.5

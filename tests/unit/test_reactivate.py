@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unbackdoor import rng
+from unbackdoor import reactivate, rng
 from unbackdoor import train as training
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.evaluate import evaluate
@@ -178,3 +178,21 @@ def test_impossible_requests_are_refused() -> None:
         replace(QueryAttack(), eps=0.0)
     with pytest.raises(InvalidInputError, match="knowledge"):
         replace(QueryAttack(), knowledge="oracle")  # type: ignore[arg-type]
+
+
+def test_the_change_works_where_the_images_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def falling(model: nn.Module, images: Tensor, wanted: Tensor) -> float:
+        seen.append(images.device.type)
+        return -float(len(seen))
+
+    monkeypatch.setattr(reactivate, "_loss", falling)
+    # Without an accelerator, the device that holds shapes alone stands for one.
+    images, wanted = torch.empty(8, 1, 4, 4, device="meta"), torch.zeros(8, dtype=torch.int64)
+    delta = QueryAttack(steps=2, images=8)._fit(nn.Identity(), images, wanted, rng.generator(0))
+    assert seen == ["meta"] * 3
+    # A change that was found on the CPU is brought to the images.
+    for found in (delta, torch.zeros(1, 4, 4)):
+        parts = reactivate._stamped(images, lambda stamped: stamped, found)
+        assert {part.device.type for part in parts} == {"meta"}

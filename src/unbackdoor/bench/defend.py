@@ -24,6 +24,7 @@ from unbackdoor.bench.records import Question, answered
 from unbackdoor.bench.runner import Tally, Watcher, drive
 from unbackdoor.bench.saliency import ablations
 from unbackdoor.bench.store import Record, Store
+from unbackdoor.bench.training import limited
 from unbackdoor.catalogue import options_of, version_of
 from unbackdoor.costs import metered
 from unbackdoor.data.splits import draw_balanced
@@ -71,9 +72,10 @@ class Bench:
             progress: Called during the work.
 
         Raises:
-            InvalidInputError: If there is no such model.
+            InvalidInputError: If there is no such model, or it has other weights than those asked about.
         """
         entry = self.entry(cell.model)
+        zoo.check_asked(entry, cell.model_sha256)
         return _history(entry) | answered(
             cell, lambda log: self._measure(cell, entry, log), progress=progress, device=self.device
         )
@@ -92,7 +94,9 @@ class Bench:
     def _measure(self, cell: Cell, entry: zoo.Entry, progress: Progress) -> dict[str, Any]:
         infected = None if entry.is_clean else zoo.load_infected(entry)
         model = (infected.model if infected else zoo.load_network(entry)).to(self.device)
-        suspect = Suspect(model, infected)
+        job = entry.card.get("job", {})
+        trained_on = limited(self.train, job.get("limit"), rng.generator(job.get("seed", 0)))
+        suspect = Suspect(model, infected, trained_on)
         answers = {"purify": self._purify, "detect": self._detect, "ablate": self._ablate}
         return answers[cell.task](cell, suspect, progress)
 
@@ -137,7 +141,7 @@ class Bench:
         with metered() as cost:
             found = detect(
                 method, suspect.model, suspect.infected, clean,
-                train=self.train, test=self._tested(cell), samples=cell.samples,
+                train=suspect.trained_on, test=self._tested(cell), samples=cell.samples,
                 generator=rng.generator(cell.seed), progress=progress,
             )  # fmt: skip
         return {**found, "cost": cost.describe()}
@@ -168,10 +172,12 @@ class Suspect:
     Args:
         model: The network.
         infected: Trigger, plan and label rule; None for a clean model.
+        trained_on: The images that its training drew, before poisoning.
     """
 
     model: nn.Module
     infected: Infected | None
+    trained_on: LabelledImages
 
 
 def _history(entry: zoo.Entry) -> dict[str, Any]:

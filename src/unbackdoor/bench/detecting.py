@@ -1,12 +1,13 @@
 """Ask one detector about one model, infected or clean.
 
 Detectors of models see clean images. Detectors of training sets see the set that the model was trained on:
-clean images, those of the poison plan with the trigger and their new labels (for attacks that also perturb
-images, such as CL, without that perturbation, which is not kept), and speak on the model by their own
-``judge``. Detectors of inputs see triggered and clean test images; such a detector counts as having found
-the backdoor if it flags at least half of the triggered images with a threshold that one clean image in a
-hundred exceeds. That rule is ours: the MNP paper (Table 4) does not say how inputs become a verdict on a
-model.
+clean images, those of the poison plan with the trigger and their new labels, and speak on the model by their
+own ``judge``. What the plan does not hold is not shown: perturbations beside the trigger (CL, FC), weaker
+triggers and covers of training (SIG, Adap-Blend, Adap-Patch), and decoys that are drawn anew in each epoch
+(WaNet, IAB, BPP, DFST). Detectors of inputs see triggered and clean test images; such a detector counts as
+having found the backdoor if it flags at least half of the triggered images with a threshold that one clean
+image in a hundred exceeds. That rule is ours: the MNP paper (Table 4) does not say how inputs become a
+verdict on a model.
 """
 
 from __future__ import annotations

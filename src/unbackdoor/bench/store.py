@@ -61,7 +61,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         lock = folder / key
         with lock.open("w") as file:
-            if not _locked(file, lock):
+            if not locked(file, lock):
                 yield False
                 return
             try:
@@ -103,7 +103,7 @@ def _parsed(line: bytes | str) -> Record | None:
     return record if isinstance(record, dict) and isinstance(record.get("key"), str) else None
 
 
-def _locked(file: IO[str], path: Path) -> bool:
+def locked(file: IO[str], path: Path) -> bool:
     """Lock ``file`` if nobody has it, and if it is still the one that others find at ``path``."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

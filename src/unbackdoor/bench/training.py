@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shlex
 import time
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from unbackdoor import rng
@@ -23,6 +23,7 @@ from unbackdoor.bench.artefact import (
     save_clean,
     save_infected,
 )
+from unbackdoor.bench.store import locked
 from unbackdoor.bench.validity import check_infected
 from unbackdoor.bench.zoo import Entry, update_card
 from unbackdoor.catalogue import dashed
@@ -143,8 +144,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     progress = clock.ticking(progress)
     data = load_images(job.data, split=job.split, image_size=job.image_size)
     test = load_images(job.data, split=job.test_split, image_size=job.image_size)
-    if job.limit is not None and job.limit < len(data):
-        data = draw_balanced(data, job.limit, rng.spawn(generator))
+    data = limited(data, job.limit, generator)
     state = job.out / "training.safetensors"
     extra = {"job": job.describe(), "command": job.command()}
     if isinstance(method, Recipe):
@@ -181,6 +181,19 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     return card
 
 
+def limited(data: LabelledImages, limit: int | None, generator: torch.Generator) -> LabelledImages:
+    """Return the images that a job trains on.
+
+    Args:
+        data: The training set.
+        limit: How many are drawn, balanced over the classes; None for all.
+        generator: Of the job's seed, before anything else was drawn from it.
+    """
+    if limit is None or limit >= len(data):
+        return data
+    return draw_balanced(data, limit, rng.spawn(generator))
+
+
 def run_alone(job: Job, progress: Progress) -> dict[str, Any] | None:
     """Train the model unless another process of this machine does; return its card, or None if one does.
 
@@ -190,13 +203,13 @@ def run_alone(job: Job, progress: Progress) -> dict[str, Any] | None:
     job.out.mkdir(parents=True, exist_ok=True)
     if (job.out / "card.json").exists():
         return run(job, progress)
-    with (job.out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
+    path = job.out / ".lock"
+    with path.open("w") as lock:
+        # Another process may end its training, and take the lock away, between these two lines.
+        if not locked(lock, path):
+            return run(job, progress) if (job.out / "card.json").exists() else None
         card = run(job, progress)
-        (job.out / ".lock").unlink()
+        path.unlink(missing_ok=True)
     return card
 
 

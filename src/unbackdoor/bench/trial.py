@@ -178,8 +178,13 @@ class Trial:
     pool: LabelledImages
 
     def answer(self, asked: Question, *, progress: Progress = silent) -> Record:
-        """Return the record of a question; what a detector refuses or fails at is a record too."""
+        """Return the record of a question; what a detector refuses or fails at is a record too.
+
+        Raises:
+            InvalidInputError: If there is no such model, or it has other weights than those asked about.
+        """
         entry = zoo.entry_named(self.root, asked.model)
+        zoo.check_asked(entry, asked.model_sha256)
         history = {
             "attack": entry.card.get("attack"),
             "label_rule": entry.card.get("label_rule"),

@@ -118,12 +118,38 @@ def load_network(entry: Entry) -> nn.Module:
     return loaded.model
 
 
+def check_asked(entry: Entry, sha256: str) -> None:
+    """Check that ``entry`` holds the weights that a question is about; a model may be replaced meanwhile.
+
+    Args:
+        entry: The model that answers.
+        sha256: Of the weights that were asked about.
+
+    Raises:
+        InvalidInputError: If it holds others.
+    """
+    found = str(entry.card.get("sha256", ""))
+    if found != sha256:
+        raise InvalidInputError(
+            f"{entry.folder} holds other weights ({found[:12]}) than those asked about ({sha256[:12]}); "
+            "start the run again, so that it asks about what is there."
+        )
+
+
 def load_infected(entry: Entry) -> Infected:
     """Rebuild everything an attack left behind.
 
     Raises:
-        InvalidInputError: If the model is a clean one, or a file is missing or incomplete.
+        InvalidInputError: If the model is a clean one, or a file is missing, incomplete or not the one that
+            the card was written for.
     """
+    for name, digest in dict(entry.card.get("files", {})).items():
+        path = entry.folder / Path(name).name
+        if name.endswith(".safetensors") and path.is_file() and sha256_of(path) != digest:
+            raise InvalidInputError(
+                f"{path} is not the file that the card of {entry.name} was written for; restore it, or train "
+                "that model again."
+            )
     return Infected(
         load_network(entry),
         load_trigger(entry.folder / "trigger.safetensors"),

@@ -292,7 +292,7 @@ def _examples(
             triggered_png=png(triggered[i]),
             difference_png=png(difference[i]),
             true_label=test.name_of(int(test.labels[eligible[i]])),
-            predicted_label=test.name_of(predictions[i]),
+            predicted_label="no class" if predictions[i] < 0 else test.name_of(predictions[i]),
         )
         for i in range(len(eligible))
     ]

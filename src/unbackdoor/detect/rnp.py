@@ -21,7 +21,7 @@ from unbackdoor import rng
 from unbackdoor.compute import logits_of, predictions_of
 from unbackdoor.detect.calibration import Calibration, threshold_from
 from unbackdoor.detect.floor import FEWEST_IMAGES, too_little_at_first
-from unbackdoor.detect.samples import check_samples
+from unbackdoor.detect.samples import check_samples, check_scores
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.inversion import Inversion, invert
 from unbackdoor.suppression import Suppressed, Suppression, suppress
@@ -230,6 +230,7 @@ class UnlearntSample:
 
         Raises:
             InvalidInputError: If there are no samples, too few clean images, or a label has no output.
+            UnsupportedModelError: If the unlearnt copy gives no numbers.
         """
         check_samples(model, samples, clean, labels)
         unlearnt = suppress(model, clean, self.unlearning, generator=generator, progress=progress)
@@ -237,7 +238,7 @@ class UnlearntSample:
         usual, theirs = (
             logits_of(unlearnt.model, images).softmax(1)[:, target] for images in (clean.images, samples)
         )
-        return (theirs - usual.mean()).float().cpu()
+        return check_scores((theirs - usual.mean()).float().cpu())
 
 
 def _not_unlearnt(unlearnt: Suppressed, options: Suppression) -> str:

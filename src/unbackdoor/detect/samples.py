@@ -1,4 +1,4 @@
-"""What sample detectors share: checked inputs."""
+"""What sample detectors share: checked inputs and scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.compute import check_fits
-from unbackdoor.errors import InvalidInputError
+from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.types import LabelledImages
 
 
@@ -37,3 +37,18 @@ def check_samples(
             f"{tuple(samples.shape[1:])}; resize them."
         )
     return outputs
+
+
+def check_scores(scores: Tensor) -> Tensor:
+    """Return the scores of samples, ``(N,)``.
+
+    Raises:
+        UnsupportedModelError: If some are no numbers, since the model's answers are not.
+    """
+    broken = int((~scores.isfinite()).sum())
+    if broken:
+        raise UnsupportedModelError(
+            f"the model's answers are no numbers for {broken} of {len(scores)} samples, so that they cannot "
+            "be scored; its weights are too large or broken."
+        )
+    return scores

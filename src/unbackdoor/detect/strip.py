@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.compute import EVALUATION_BATCH, device_of, logits_of
-from unbackdoor.detect.samples import check_samples
+from unbackdoor.detect.samples import check_samples, check_scores
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.types import LabelledImages, Progress, as_float, silent
 
@@ -90,11 +90,11 @@ class STRIP:
 
         Raises:
             InvalidInputError: If there are no samples, too few clean images, or labels do not fit.
-            UnsupportedModelError: If the model cannot be run on such an image.
+            UnsupportedModelError: If the model cannot be run on such an image, or gives no numbers.
         """
         check_samples(model, samples, clean, labels)
         chosen = torch.randperm(len(clean), generator=generator)[: self.n].to(clean.images.device)
-        return -self._entropies(model, samples, clean.images[chosen], progress).mean(1).float()
+        return check_scores(-self._entropies(model, samples, clean.images[chosen], progress).mean(1).float())
 
     def _entropies(self, model: nn.Module, samples: Tensor, overlays: Tensor, progress: Progress) -> Tensor:
         """Return the entropy of every sample with every overlay, ``(N, n)`` on the CPU, in bits."""

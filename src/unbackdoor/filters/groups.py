@@ -98,6 +98,19 @@ class FilterMap:
         """Every group but the head."""
         return tuple(group for group in self.groups if not group.is_head)
 
+    def require_prunable(self) -> tuple[FilterGroup, ...]:
+        """Return every group but the head.
+
+        Raises:
+            UnsupportedModelError: If there is none.
+        """
+        if not self.prunable:
+            raise UnsupportedModelError(
+                "the network has no layer before its head whose filters could be removed, so that there is "
+                "nothing to suspect; give a network with hidden layers."
+            )
+        return self.prunable
+
     @property
     def head(self) -> FilterGroup | None:
         """The layer whose outputs are the logits (the first of several that are summed), or None."""

@@ -41,7 +41,7 @@ def taylor_saliency(
     Returns:
         Layer name to signed float32 ``(filters,)`` on the model's device.
     """
-    groups = filter_map.groups if head else filter_map.prunable
+    groups = filter_map.groups if head else filter_map.require_prunable()
     parameters = dict(model.named_parameters())
     weights = [parameters[group.weight] for group in groups]
     required = [weight.requires_grad for weight in weights]

@@ -191,7 +191,8 @@ def guarded_walk(
         # The copy is asked only about filters that the model can spare: that is half of the passes.
         if copy is not None and accepted:
             copy_new = copy.without(names, index).loss
-            benefit = (copy_now - copy_new) / copy_start
+            # A copy that suppression could not move (logits so large that the loss is 0) gives nothing back.
+            benefit = (copy_now - copy_new) / copy_start if copy_start > 0 else 0.0
             accepted = benefit >= guard.benefit or guard.benefit == 0
             copy.settle(keep=accepted)
         trial.settle(keep=accepted)

@@ -19,7 +19,7 @@ import stat
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -638,14 +638,17 @@ def _check_tensors(tensors: Mapping[str, Tensor], size: int) -> None:
     if len(tensors) > MAX_MEMBERS:
         raise _Refused(f"it holds more than {MAX_MEMBERS} tensors")
     total = 0
-    for name, tensor in _distinct_tensors(tensors).items():
+    names = _distinct_tensors(tensors)
+    for aliases in names:
+        name, tensor = aliases[0], tensors[aliases[0]]
         _check_tensor(name, tensor)
         total += math.prod(tensor.shape) * tensor.itemsize
         # Tensors may share storage (a transposed tie), but not so that 1 MB becomes 100 GB.
         if total > 2 * size:
             raise _Refused(f"its tensors claim more than {total} bytes in all, of a file of {size} bytes")
-    for name, tensor in tensors.items():
-        _check_values(name, tensor.detach())
+    # Once for all names of a tensor: thousands may share a large one.
+    for aliases in names:
+        _check_values(aliases, tensors[aliases[0]].detach())
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -665,7 +668,8 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise _Refused(f"{label} has {elements} elements, at most {MAX_ELEMENTS} are read")
 
 
-def _check_values(name: str, tensor: Tensor) -> None:
+def _check_values(names: Sequence[str], tensor: Tensor) -> None:
+    name = next((name for name in names if name.rpartition(".")[2] == "running_var"), names[0])
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise _Refused(f"{shown(name)} contains NaN or infinite values, so the model cannot work")
     if name.rpartition(".")[2] == "running_var" and tensor.numel() and float(tensor.min()) < 0:
@@ -679,13 +683,14 @@ def _identity(tensor: Tensor) -> _Identity:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def _distinct_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    first: dict[_Identity, str] = {}
+def _distinct_tensors(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return the names of each tensor."""
+    aliases: dict[_Identity, list[str]] = {}
     for name, tensor in tensors.items():
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
             raise _Refused(f"{shown(name)} is no plain dense tensor")
-        first.setdefault(_identity(tensor), name)
-    return {name: tensors[name] for name in first.values()}
+        aliases.setdefault(_identity(tensor), []).append(name)
+    return list(aliases.values())
 
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -150,10 +150,12 @@ def histogram_entropy(values: Tensor, bin_width: float) -> Tensor:
         bin_width: Width of the bins ``[k width, (k + 1) width)``, in standard deviations of the column.
 
     Returns:
-        Float32 ``(filters,)`` in nats; NaN for constant columns.
+        Float32 ``(filters,)`` in nats; NaN for columns that are constant or not finite.
     """
     values = values.double()
     constant = (values.amax(0) - values.amin(0)) <= 1e-6 * values.abs().amax(0)
+    # A unit that overflows has no histogram either.
+    constant |= ~values.isfinite().all(0)
     deviations = (values - values.mean(0)) / values.std(0).where(~constant, torch.ones(()).double())
     bins = (deviations.where(~constant, torch.zeros(()).double()) / bin_width).floor().long()
     bins -= bins.min()

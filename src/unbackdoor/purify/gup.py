@@ -255,7 +255,7 @@ def unlearning_pass(
     """
     work = working_copy(model).requires_grad_(False)
     parameters = dict(work.named_parameters())
-    weights = [parameters[group.weight].requires_grad_() for group in filter_map.prunable]
+    weights = [parameters[group.weight].requires_grad_() for group in filter_map.require_prunable()]
     totals = [torch.zeros_like(tensor) for tensor in weights]
     device, layout = device_of(model), memory_format_for(model)
     hits, triggered = 0, 0.0

@@ -487,7 +487,7 @@ class _Run:
         before, after = (
             clean_loss(network, exposure.exposed.data) for network in (exposure.exposed.model, relearnt)
         )
-        return 1 - after / before
+        return 1 - after / before if before > 0 else 0.0
 
     def _gentler(self, options: Relearning) -> Relearning:
         """Return what is tried where ``options`` cost too much."""

@@ -188,7 +188,7 @@ def guarded_units(
         benefit, copy_loss = math.nan, copy_now
         if exposed and accepted:
             copy_loss = exposed([*removed, unit])
-            benefit = (copy_now - copy_loss) / copy_start
+            benefit = (copy_now - copy_loss) / copy_start if copy_start > 0 else 0.0
             accepted = benefit >= guard.benefit
         if accepted:
             now, now_accuracy, copy_now = loss, accuracy, copy_loss

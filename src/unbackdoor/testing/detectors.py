@@ -16,7 +16,9 @@ from unbackdoor.testing.subjects import (
     CLASSES,
     Snapshot,
     awkward_model,
+    certain_model,
     global_randomness_untouched,
+    linear_model,
     small_data,
 )
 from unbackdoor.types import Detection, LabelledImages, ModelDetector
@@ -107,6 +109,17 @@ def treats_two_classes(detector: ModelDetector) -> None:
     may_refuse(lambda: _score(detector, awkward_model(classes=2), small_data(classes=2)), "two classes")
 
 
+def treats_networks_without_doubt(detector: ModelDetector) -> None:
+    """A network whose loss is 0, and so without a gradient, gets an answer or an abstention."""
+    model, data = certain_model()
+    may_refuse(lambda: _score(detector, model, data), "a network whose loss is 0")
+
+
+def treats_networks_without_hidden_layers(detector: ModelDetector) -> None:
+    """A network that is a head alone gets an answer or a refusal."""
+    may_refuse(lambda: _score(detector, linear_model(), small_data()), "a network without hidden layers")
+
+
 def refuses_bad_input(detector: ModelDetector) -> None:
     """No images, unknown labels and other channels are refused in words."""
     data = small_data()
@@ -136,6 +149,8 @@ DETECTOR_CHECKS: dict[str, Check] = {
             treats_leftover_batches,
             treats_missing_classes,
             treats_two_classes,
+            treats_networks_without_doubt,
+            treats_networks_without_hidden_layers,
             refuses_bad_input,
         )
     },

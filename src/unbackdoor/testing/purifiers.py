@@ -16,9 +16,11 @@ from unbackdoor.testing.subjects import (
     CLASSES,
     Snapshot,
     awkward_model,
+    certain_model,
     check_same_tensors,
     functional_model,
     global_randomness_untouched,
+    linear_model,
     modes_of,
     same_bits,
     small_data,
@@ -154,6 +156,17 @@ def treats_missing_classes(purifier: Purifier) -> None:
     may_refuse(lambda: _purify(purifier, awkward_model(), data.subset(data.labels == 2)), "data of one class")
 
 
+def treats_networks_without_doubt(purifier: Purifier) -> None:
+    """A network whose loss is 0, and so without a gradient, gets an answer or a refusal."""
+    model, data = certain_model()
+    may_refuse(lambda: _purify(purifier, model, data), "a network whose loss is 0")
+
+
+def treats_networks_without_hidden_layers(purifier: Purifier) -> None:
+    """A network that is a head alone gets an answer or a refusal."""
+    may_refuse(lambda: _purify(purifier, linear_model(), small_data()), "a network without hidden layers")
+
+
 def refuses_bad_input(purifier: Purifier) -> None:
     """No images, unknown labels and other channels are refused in words."""
     data = small_data()
@@ -197,6 +210,8 @@ PURIFIER_CHECKS: dict[str, Check] = {
             treats_weights_of_any_name,
             treats_leftover_batches,
             treats_missing_classes,
+            treats_networks_without_doubt,
+            treats_networks_without_hidden_layers,
             refuses_bad_input,
         )
     },

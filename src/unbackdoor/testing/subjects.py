@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,27 @@ def functional_model() -> FunctionalNetwork:
     """Return a ``FunctionalNetwork`` in eval mode."""
     with rng.isolated(rng.generator(0)):
         return FunctionalNetwork().eval()
+
+
+def linear_model() -> nn.Sequential:
+    """Return a network in eval mode that has nothing before its head."""
+    with rng.isolated(rng.generator(0)):
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, CLASSES)).eval()
+
+
+def certain_model() -> tuple[nn.Sequential, LabelledImages]:
+    """Return a network whose logits are so large that its loss on the data, all of it right, is exactly 0."""
+    model, data = awkward_model(), small_data()
+    head = model[-1]
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight.mul_(1e7)
+        head.bias.zero_()
+        logits = copy.deepcopy(model).eval()(data.floats())
+        # So that it does not answer one class alone.
+        head.bias.sub_(logits.mean(0))
+        answers = (logits + head.bias).argmax(1)
+    return model, LabelledImages(data.images, answers)
 
 
 def awkward_model(channels: int = 3, classes: int = CLASSES) -> nn.Sequential:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -259,3 +260,32 @@ def test_models_are_looked_for_in_all_homes(bench: Bench, tmp_path: Path) -> Non
     assert other.entry("badnets").folder == bench.homes[0] / "badnets"
     with pytest.raises(InvalidInputError, match="no model 'lira'; it has badnets, clean"):
         bench.entry("lira")
+
+
+def test_other_weights_than_those_asked_about_give_no_answer(bench: Bench) -> None:
+    asked = replace(cell(bench, "badnets", "clp"), model_sha256="0" * 64)
+    with pytest.raises(InvalidInputError, match=r"other weights .* than those asked about \(000000000000\)"):
+        bench.answer(asked)
+
+
+def test_detectors_of_training_sets_see_the_images_that_a_limited_job_drew(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(bench.homes[0], tmp_path / "zoo")
+    card = tmp_path / "zoo" / "badnets" / "card.json"
+    content = json.loads(card.read_text())
+    content["job"] |= {"limit": 70, "seed": 3}
+    card.write_text(json.dumps(content))
+    seen: list[LabelledImages] = []
+
+    def noted(*_: object, train: LabelledImages, **__: object) -> dict[str, object]:
+        seen.append(train)
+        return {}
+
+    monkeypatch.setattr("unbackdoor.bench.defend.detect", noted)
+    other = Bench((tmp_path / "zoo",), TRAIN, TEST)
+    entry = other.entry("badnets")
+    assert other.answer(cell_of(entry, "ac", data="small", task="detect", clean_images=32))["status"] == "ok"
+    # As the job drew them, before anything else was drawn from its seed.
+    drawn = draw_balanced(TRAIN, 70, rng.spawn(rng.generator(3)))
+    assert torch.equal(seen[0].images, drawn.images)

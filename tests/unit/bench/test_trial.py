@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,6 @@ def test_what_a_detector_refuses_is_a_record(tmp_path: Path) -> None:
     record = trial.Trial(tmp_path / "zoo", digits).answer(trial.question(entry, "digits", "nc"))
     assert record["status"] == "refused"
     assert "but the model has 5 outputs" in record["problem"]
+    replaced = trial.question(entry, "digits", "nc", clean_images=40)
+    with pytest.raises(InvalidInputError, match="other weights"):
+        trial.Trial(tmp_path / "zoo", digits).answer(replace(replaced, model_sha256="0" * 64))

@@ -233,3 +233,12 @@ def test_images_with_other_channels_are_not_measured_on(root: Path) -> None:
     for entry in zoo.entries(root):
         with pytest.raises(InvalidInputError, match=r"have 1 channel\(s\)"):
             zoo.measure(entry, grey)
+
+
+def test_a_trigger_that_is_not_the_attacks_is_refused(root: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "zoo"
+    shutil.copytree(root, copy)
+    trigger = copy / "badnets" / "trigger.safetensors"
+    trigger.write_bytes(trigger.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(InvalidInputError, match=r"trigger\.safetensors is not the file that the card"):
+        zoo.load_infected(zoo.entry_named(copy, "badnets"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unbackdoor import rng
 from unbackdoor.compute import EVALUATION_BATCH
 from unbackdoor.detect.strip import STRIP, entropy_bits
-from unbackdoor.errors import InvalidInputError
+from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.types import LabelledImages, as_float
 
@@ -112,3 +112,10 @@ def test_a_sum_that_saturates_makes_clean_samples_look_certain() -> None:
 def test_senseless_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError, match="STRIP needs"):
         STRIP(**options)
+
+
+def test_a_model_that_gives_no_numbers_is_refused() -> None:
+    broken = nn.Sequential(nn.Flatten(), nn.Linear(12, 2), nn.Threshold(math.inf, math.nan)).eval()
+    clean = LabelledImages(torch.rand(6, 3, 2, 2), torch.arange(6) % 2)
+    with pytest.raises(UnsupportedModelError, match="no numbers for 5 of 5 samples"):
+        STRIP(n=2).score(broken, clean.images[:5], clean, generator=rng.generator(0))

@@ -200,3 +200,13 @@ def test_the_walk_ends_when_nothing_has_come_of_it_for_long() -> None:
 def test_a_guard_needs_a_sensible_screen_and_patience(wrong: dict[str, float]) -> None:
     with pytest.raises(InvalidInputError, match="screen and patience"):
         Guard(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_copy_without_any_loss_gives_no_benefit() -> None:
+    model, clean, found = planted()
+    with torch.no_grad():
+        model.second.weight.mul_(100)  # type: ignore[operator, union-attr]
+    assert clean_loss(model, clean) == 0.0
+    mask, steps = guarded_walk(model, clean, found, ALL, LOOSE, exposed=Exposed(model, clean))
+    assert mask.n_removed == 0
+    assert {step.benefit for step in steps} == {0.0}

@@ -101,3 +101,12 @@ def test_options_are_checked() -> None:
         EP(bin_width=0.0)
     with pytest.raises(InvalidInputError, match="u must be"):
         EP(u=-1.0)
+
+
+def test_filters_that_overflow_have_no_entropy() -> None:
+    values = torch.randn(50, 3, generator=rng.generator(0))
+    values[7, 1] = math.inf
+    values[7, 2] = math.nan
+    found = histogram_entropy(values, 0.5)
+    assert found.isnan().tolist() == [False, True, True]
+    torch.testing.assert_close(found[:1], histogram_entropy(values[:, :1], 0.5))

@@ -271,3 +271,10 @@ def test_settings_that_belong_together_come_in_any_order(backwards: bool) -> Non
     settings = ["selection.expose=unlearnt", "selection.guard.benefit=0.02"]
     chosen = configure(ANP(), settings[::-1] if backwards else settings).selection
     assert (chosen.expose, chosen.guard.benefit) == ("unlearnt", 0.02)
+
+
+def test_an_exposed_copy_without_any_loss_gives_no_benefit() -> None:
+    removed, steps = selecting.guarded_units(
+        lambda units: (0.1, 1.0), "head", [0, 1], Guard(benefit=0.01), exposed=lambda units: 0.0
+    )
+    assert (removed, [step.benefit for step in steps]) == ([], [0.0, 0.0])
