@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from unbackdoor.types import Detection as Detection
     from unbackdoor.types import Infected as Infected
     from unbackdoor.types import LabelledImages as LabelledImages
+    from unbackdoor.types import OneToOne as OneToOne
     from unbackdoor.types import Purified as Purified
 
 _SUBPACKAGES = ("attacks", "detect", "evaluate", "filters", "models", "purify", "train", "triggers")
@@ -53,7 +54,7 @@ _HOMES = {
     "find_filters": "filters", "NormalisedModel": "models", "load_model": "models.loading",
     "save_like": "models.loading", "Rate": "rates", "generator": "rng", "Recipe": "train",
     "AllToAll": "types", "AllToOne": "types", "Detection": "types", "Infected": "types",
-    "LabelledImages": "types", "Purified": "types",
+    "LabelledImages": "types", "OneToOne": "types", "Purified": "types",
 }  # fmt: skip
 
 __all__ = ["__version__", *_SUBPACKAGES, *_HOMES]  # noqa: PLE0604 - names, spelt out above

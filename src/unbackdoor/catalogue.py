@@ -10,7 +10,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -74,13 +74,26 @@ def find(kind: str, methods: Mapping[str, type[Any]], name: str) -> type[Any]:
     Raises:
         InvalidInputError: If there is none; near misses are suggested.
     """
+    return methods[name_of(kind, methods, name)]
+
+
+def name_of(kind: str, known: Collection[str], name: str) -> str:
+    """Return the known name, in snake case, that a user wrote in snake case or with dashes.
+
+    Args:
+        kind: What is looked for, for the message.
+        known: The names that there are.
+        name: What the user wrote.
+
+    Raises:
+        InvalidInputError: If there is none; near misses are suggested.
+    """
     wanted = name.strip().lower().replace("-", "_")
-    if wanted in methods:
-        return methods[wanted]
-    near = difflib.get_close_matches(wanted, methods, n=1)
+    if wanted in known:
+        return wanted
+    near = difflib.get_close_matches(wanted, known, n=1)
     hint = f"did you mean {dashed(near[0])!r}? " if near else ""
-    known = ", ".join(dashed(method) for method in methods)
-    raise InvalidInputError(f"unknown {kind} {name!r}: {hint}known are {known}.")
+    raise InvalidInputError(f"unknown {kind} {name!r}: {hint}known are {', '.join(map(dashed, known))}.")
 
 
 def configured(kind: str, methods: Mapping[str, type[Any]], name: str, *, paper: bool) -> Any:  # noqa: ANN401

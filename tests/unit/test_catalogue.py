@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +31,15 @@ EVERY = [
     )
     for name, cls in known.items()
 ]
+
+
+@pytest.mark.parametrize(("kind", "cls"), EVERY)
+def test_texts_say_what_can_be_typed(kind: str, cls: type[Any]) -> None:
+    text = catalogue.description(cls)
+    # Settings of the paper can be had without Python, too.
+    assert "paper()" not in text or "--paper" in text or "paper = true" in text
+    for each in (text, *(option.text for option in catalogue.options_of(cls()))):
+        assert not re.search(r"\b[A-Z]\w*\(\w+=", each), each
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import json
 import re
+import subprocess
+import sys
 import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
+import typer
 
+from unbackdoor import catalogue
 from unbackdoor.attacks.registry import ATTACKS
+from unbackdoor.bench.methods import METHODS, configured
 from unbackdoor.bench.store import Store
+from unbackdoor.bench.suite import Grid, Places, Plan, Size, Suite, matching, read_suite, variants
+from unbackdoor.cli.app import app
 from unbackdoor.purify.registry import PURIFIERS
+from unbackdoor.testing import check_purifier
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {page.relative_to(DOCS).as_posix(): page for page in sorted(DOCS.rglob("*.md"))}
@@ -27,6 +39,12 @@ def _load(script: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _example(page: str, language: str) -> str:
+    found = re.search(rf"^```{language}\n(.*?)^```", PAGES[page].read_text(), re.DOTALL | re.MULTILINE)
+    assert found is not None, page
+    return found[1]
 
 
 @pytest.mark.parametrize("script", ["generate", "generate_ledger", "generate_suites"])
@@ -93,3 +111,132 @@ def test_the_site_has_every_page_and_its_links_stay_within() -> None:
         for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
             inside = "://" in link or (page.parent / link).resolve().is_relative_to(DOCS)
             assert inside, f"{name} links to {link}, which the site does not have"
+
+
+def test_the_documented_purifier_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "documented_purifier.py").write_text(_example("how-to/add-a-method.md", "python"))
+    monkeypatch.syspath_prepend(tmp_path)
+    purifier = importlib.import_module("documented_purifier").Magnitude()
+    check_purifier(purifier)
+    entry = catalogue.entry("purifier", type(purifier))
+    assert (entry.name, entry.summary) == ("magnitude", "Prune the filters with the smallest l_2 norms.")
+    assert [option.path for option in catalogue.options_of(purifier)] == ["fraction"]
+
+
+@pytest.mark.parametrize("page", [DOCS / "how-to" / "add-a-method.md", DOCS.parent / "CONTRIBUTING.md"])
+def test_the_steps_to_a_new_method_cover_every_kind(page: Path) -> None:
+    text = page.read_text()
+    for word in ("CLASSES", "MODEL_DETECTORS", "SAMPLE_DETECTORS", "detect/registry.py", "snake_case"):
+        assert word in text, word
+    for check in ("check_purifier", "check_attack", "check_detector", "check_sample_detector"):
+        assert check in text, check
+
+
+def test_the_documented_suite_can_be_asked(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(_example("how-to/run-the-benchmark.md", "toml"))
+    suite = read_suite(str(path))
+    plan = Plan.of(suite, "cpu", Places(tmp_path, tmp_path / "models"), suite.data)
+    assert len(plan.expected()) == 2 * 2 * 2 * 2
+    for grid in plan.grids:
+        for method in matching(grid.methods, METHODS[grid.task], suite.name):
+            for options in variants(grid, method):
+                configured(grid.task, method, grid.paper, options)
+
+
+def test_every_key_of_a_suite_is_documented_and_no_other() -> None:
+    page = PAGES["how-to/run-the-benchmark.md"].read_text()
+    rows = page.split("| table | key |")[1].split("\n\n")[0].splitlines()[2:]
+    documented: dict[str, set[str]] = defaultdict(set)
+    table = ""
+    for row in rows:
+        first, keys = row.split("|")[1:3]
+        table = first.strip(" `") or table
+        documented[table] |= set(re.findall(r"`(\w+)`", keys))
+    assert documented == {
+        # The reader gives the first two; the others are tables of their own.
+        "suite": set(Suite.model_fields) - {"name", "source", "sizes", "grid"},
+        "[sizes.NAME]": set(Size.model_fields),
+        "[[grid]]": set(Grid.model_fields),
+    }
+
+
+def _options(command: Any, path: str = "") -> Iterator[tuple[str, str]]:  # noqa: ANN401 - of typer's own kind
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from _options(inner, f"{path} {name}")
+    for each in command.params:
+        # The word that switches off is worth a line only where the other one changes nothing.
+        negations = each.secondary_opts if each.default is True else []
+        yield from ((path, option) for option in (*each.opts, *negations) if option.startswith("--"))
+
+
+def test_the_page_on_the_command_line_has_every_option() -> None:
+    text = PAGES["reference/cli.md"].read_text()
+    every = list(_options(typer.main.get_command(app)))
+    assert (" bench", "--train") in every
+    missing = [f"{path} {option}" for path, option in every if not re.search(rf"{option}(?![\w-])", text)]
+    assert missing == [" --version"]
+
+
+def test_the_glossary_has_the_words_that_verdicts_and_prices_rest_on() -> None:
+    words = re.findall(r"^\| ([^|]+) \|", PAGES["glossary.md"].read_text(), re.MULTILINE)
+    assert {"calibration", "exchangeable", "guard", "guarded walk"} <= set(words)
+
+
+LOOK_UP = """
+import importlib, inspect, json, pkgutil, sys, typing
+
+def attribute(found, name):
+    if inspect.isfunction(found):
+        found = typing.get_type_hints(found)["return"]
+    return getattr(found, name)
+
+def look_up(code, members):
+    found = importlib.import_module("unbackdoor")
+    if code[0][0] == "unbackdoor":
+        code = [(".".join(name for name, _ in code), code[-1][1])]
+        found = pkgutil.resolve_name(code[0][0])
+    for name, arguments in code:
+        found = found if name == "ub" or "." in name else attribute(found, name)
+        if arguments:
+            known = inspect.signature(found).parameters
+            # A function with **options takes any.
+            missing = [each for each in arguments if each not in known and "options" not in known]
+            assert not missing, f"{name} does not take {missing}"
+    if inspect.ismodule(found):
+        missing = [name for name in members if not hasattr(found, name)]
+        assert not missing, f"{found.__name__} lacks {missing}"
+
+problems = []
+for code, members in json.load(sys.stdin):
+    # What one name imported must not be there by chance for the next.
+    part = f"unbackdoor.{code[1][0]}"
+    for module in [*sys.modules]:
+        if module in ("unbackdoor", part) or module.startswith(part + "."):
+            del sys.modules[module]
+    try:
+        look_up(code, members)
+    except Exception as error:
+        problems.append(f"{'.'.join(name for name, _ in code)}: {error!r}")
+print("\\n".join(problems))
+"""
+
+
+def _python_names() -> Iterator[tuple[list[tuple[str, list[str]]], list[str]]]:
+    """Every dotted name of the first column, with the arguments of its calls, and the row's other names."""
+    for row in PAGES["reference/python-api.md"].read_text().splitlines():
+        if row.startswith("| `"):
+            first, meaning = row.split("|")[1:3]
+            members = re.findall(r"`(\w+)[^`]*`", meaning)
+            for code in re.findall(r"`([^`]+)`", first):
+                calls = re.findall(r"(\w+)(?:\(([^)]*)\))?", code)
+                yield [(name, re.findall(r"\w+", arguments)) for name, arguments in calls], members
+
+
+def test_every_python_name_is_there_in_a_fresh_interpreter() -> None:
+    names = list(_python_names())
+    assert [("ub", []), ("attacks", []), ("registry", []), ("ATTACKS", [])] in [code for code, _ in names]
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK_UP], input=json.dumps(names), capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == ("", "")

@@ -1,5 +1,6 @@
 """Attacks: trigger and poison plan, one file a paper."""
 
+from unbackdoor.attacks import registry as registry
 from unbackdoor.attacks.adap import AdapBlend as AdapBlend
 from unbackdoor.attacks.adap import AdapPatch as AdapPatch
 from unbackdoor.attacks.adaptive_magnitude import AdaptiveMagnitude as AdaptiveMagnitude

@@ -28,7 +28,7 @@ CLASSES: tuple[type[Any], ...] = (
 """The ten attacks of the MNP paper in its order, then the others."""
 
 ATTACKS: dict[str, type[Any]] = {cls.name: cls for cls in CLASSES}
-"""By snake_case name; ``Attack`` protocol, frozen dataclasses whose defaults train in minutes."""
+"""By ``name`` in snake_case (users write dashes); ``Attack`` protocol, frozen; defaults train in minutes."""
 
 
 def attack_named(name: str, *, paper: bool = False) -> Any:  # noqa: ANN401 - one of many dataclasses

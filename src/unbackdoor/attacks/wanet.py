@@ -28,8 +28,9 @@ class WaNet:
     their label, so that the network must learn this very warp and not just any.
 
     The literature has two readings. The authors control the training: noise mode, poisons drawn anew for
-    each batch (the default here; ``paper()``). RNP and Cognitive Distillation poison data only: 32 control
-    points a side and no noise mode; ``static()`` returns that reading, with one field for all images.
+    each batch (the default here; ``--paper``, in Python ``WaNet.paper()``). RNP and Cognitive Distillation
+    poison data only: 32 control points a side and no noise mode; ``static()`` returns that reading, with one
+    field for all images.
 
     Deviations: warps are applied after crop and flip, not before, and the authors' rotations are left out,
     as both only blur the warp; samples get their role for an epoch, not by their place in the batch.

@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, type[Any]]] = {
     "detect": {**MODEL_DETECTORS, **SAMPLE_DETECTORS},
     "ablate": {Ablate.name: Ablate},
 }
-"""By task and snake_case name."""
+"""By task and ``name`` in snake_case (users write dashes)."""
 
 
 def configured(task: str, name: str, paper: bool, options: Mapping[str, str]) -> Any:  # noqa: ANN401

@@ -99,7 +99,7 @@ def carry_out(
             f"no question fits {' or '.join(map(repr, only))}; labels read like "
             f"{next((c.label for _, c in plan.cells().values()), 'badnets mnp seed 0')!r}."
         )
-    _keep_plan(plan, folder, fingerprint)
+    _keep_plan(plan, folder, fingerprint, only)
     for other in reuse:
         taken = take_over(plan, store, other, fingerprint)
         console.note(f"{taken} answers taken over from {other}")
@@ -110,7 +110,7 @@ def carry_out(
         for title, part in (("clean models", clean), ("infected models", infected)):
             if part:
                 _drive(part, laboratory, store, place, title=title, retry=STATES, wait=WAIT)
-        _keep_plan(plan, folder, fingerprint)
+        _keep_plan(plan, folder, fingerprint, only)
     cells = [cell for _, cell in plan.cells().values() if not only or fits_any(cell.label, only)]
     again = ("failed",) if retry else ()
     keys = {cell.key for cell in cells}
@@ -216,9 +216,11 @@ def pairs(resources: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _keep_plan(plan: Plan, folder: Path, fingerprint: str) -> None:
+def _keep_plan(plan: Plan, folder: Path, fingerprint: str, only: Sequence[str]) -> None:
     content = {**plan.describe(), "data_sha256": fingerprint}
     _check_same_run(content, folder)
+    patterns = _patterns(folder, only)
+    content["given"] |= {"out": str(folder), **({"only": patterns} if patterns else {})}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Several runners may share the folder.
@@ -229,6 +231,15 @@ def _keep_plan(plan: Plan, folder: Path, fingerprint: str) -> None:
         raise InvalidInputError(
             f"cannot write into {folder}: {error.strerror}; choose another --out."
         ) from error
+
+
+def _patterns(folder: Path, only: Sequence[str]) -> list[str]:
+    """Return the patterns of all questions that a run was ever asked; none if that was every question."""
+    try:
+        before = json.loads((folder / PLAN).read_text(encoding="utf-8"))["given"].get("only", [])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return list(only)
+    return list(dict.fromkeys([*before, *only])) if before and only else []
 
 
 def _check_same_run(content: dict[str, Any], folder: Path) -> None:

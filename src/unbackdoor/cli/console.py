@@ -77,6 +77,14 @@ def print_table(table: Table, *, whole: bool = False) -> None:
     Patient(highlight=False, width=max(width, 240) if whole else width).print(table)
 
 
+def fits(table: Table) -> bool:
+    """Say whether a table is printed without wrapping a cell or cutting one off."""
+    if not results.is_terminal:
+        return True
+    options = results.options.update(max_width=UNBOUNDED)
+    return results.measure(table, options=options).maximum <= results.width
+
+
 def print_text(text: str) -> None:
     """Print a JSON document, or another text, as it is."""
     echo(text)

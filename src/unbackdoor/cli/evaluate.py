@@ -62,6 +62,8 @@ def evaluate(
     test = inputs.read_data(source)
     check_against_model(test, loaded.num_classes)
     check_channels(loaded.model, test)
+    if infected:
+        inputs.check_trigger_fits(infected, test)
     if count:
         test = draw_balanced(test, count, rng.generator(seed))
     with console.progress_bar(hidden=as_json) as progress:
@@ -76,6 +78,7 @@ def evaluate(
             data=inputs.describe_data(test, source, smallest=int(test.labels.bincount().min())),
             reactivate=reactivate,
             seed=seed,
+            claimed=card.get("metrics", {}).get("clean_accuracy", {}).get("value"),
             progress=progress,
         )
     show.finish(document, as_json=as_json, report=report)

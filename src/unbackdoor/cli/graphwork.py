@@ -233,6 +233,8 @@ def purify(
         model=_model_info(source, defended.network),
         data=_data_info(source, seen),
         method=dashed(method.name),
+        method_title=method.title,
+        method_source=method.source,
         outcome=_outcome(defended, seen),
         options=asdict(method),
         output=str(out),

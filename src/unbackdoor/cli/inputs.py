@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from unbackdoor import rng
+from unbackdoor.bench.zoo import entry_at, load_network
 from unbackdoor.compute import check_channels, device_named
 from unbackdoor.data import check_against_model, clean_draw, load_images
 from unbackdoor.data.splits import balanced_order, split
-from unbackdoor.errors import InvalidInputError
+from unbackdoor.errors import InvalidInputError, UnbackdoorError
 from unbackdoor.models.loading import LoadedModel, load_model
 from unbackdoor.models.normalise import PRESETS
 from unbackdoor.report.documents import DataInfo, ModelInfo
@@ -64,10 +65,11 @@ class CleanData:
 
 
 def open_model(options: ModelOptions) -> LoadedModel:
-    """Load the model and put it on its device."""
+    """Load the model and put it on its device; a folder that an attack wrote stands for its model."""
     mean, std = _normalisation(options)
+    inside = options.path / "model.safetensors"
     loaded = load_model(
-        options.path,
+        inside if inside.is_file() else options.path,
         options.arch,
         num_classes=options.num_classes,
         width=options.width,
@@ -144,6 +146,29 @@ def describe_data(data: LabelledImages, options: DataOptions, *, smallest: int) 
     )
 
 
+def check_trigger_fits(infected: Path, test: LabelledImages) -> None:
+    """Check that the images are of the kind that the attack's own model takes, as its trigger is.
+
+    Args:
+        infected: Folder that an attack wrote.
+        test: What the trigger will be put on.
+
+    Raises:
+        InvalidInputError: If they have other channels.
+    """
+    try:
+        network = load_network(entry_at(infected))
+    except UnbackdoorError:
+        return  # a network of the user's own code, or weights that were taken away: nothing to compare with
+    first = next((tensor for tensor in network.parameters() if tensor.ndim == 4), None)
+    channels = test.images.shape[1]
+    if first is not None and first.shape[1] != channels:
+        raise InvalidInputError(
+            f"the trigger of {infected} is for other images: its model takes {first.shape[1]} channel(s), "
+            f"these have {channels}; give images of the kind that it was trained on."
+        )
+
+
 def _held_out(
     everything: LabelledImages, count: int, generator: torch.Generator, seed: int
 ) -> tuple[LabelledImages, LabelledImages]:
@@ -158,9 +183,11 @@ def _normalisation(options: ModelOptions) -> tuple[list[float] | None, list[floa
     if options.normalize is not None:
         if options.mean or options.std:
             raise InvalidInputError("give either --normalize or --mean and --std, not both.")
+        if options.normalize == "none":
+            return None, None
         if options.normalize not in PRESETS:
             raise InvalidInputError(
-                f"unknown normalisation {options.normalize!r}; known are {', '.join(PRESETS)}."
+                f"unknown normalisation {options.normalize!r}; known are none, {', '.join(PRESETS)}."
             )
         mean, std = PRESETS[options.normalize]
         return list(mean), list(std)

@@ -66,6 +66,15 @@ def scan(
     from unbackdoor.detect.scan import Scan
     from unbackdoor.errors import InvalidInputError
 
+    if taken := sorted(
+        {
+            name
+            for name in ("alpha", "fast", "calibration")
+            for text in settings or []
+            if text.startswith(f"{name}=")
+        }
+    ):
+        raise InvalidInputError(f"give --{taken[0]}, not --set {taken[0]}=, so that the two cannot differ.")
     needed = (*model, Path(clean), Path(calibration) if calibration else None)
     show.check_folder(report, *needed)
     show.check_folder(sarif, *needed, report)
@@ -99,7 +108,7 @@ def scan(
     show.announce(loaded)
     data = inputs.open_clean(images, loaded, seed=seed, hold_out=False)
     other = method.other_images(loaded.model, data.learning, split)
-    foreseen = (*method.foreseen(loaded.model, data.learning), *other)
+    foreseen = (*data.warnings, *method.foreseen(loaded.model, data.learning), *other)
     for warning in foreseen:
         console.warn(warning)
     with console.progress_bar(hidden=as_json) as progress:
@@ -113,7 +122,8 @@ def scan(
             warnings=(*data.warnings, *other),
             progress=progress,
         )
+    # The verdict comes first: what is written after it may fail.
+    show.finish(document, as_json=as_json, report=report, said=foreseen)
     if sarif is not None:
         show.write_sarif(document, sarif, quiet=as_json)
-    show.finish(document, as_json=as_json, report=report, said=foreseen)
     raise typer.Exit(EXIT_CODES[document.verdict])

@@ -12,7 +12,7 @@ from unbackdoor import rng
 from unbackdoor.cli.work import plain, png, rate, sentence
 from unbackdoor.detect.evidence import Evidence, finding
 from unbackdoor.detect.exposure import Exposure
-from unbackdoor.detect.scan import Scan, ScanResult
+from unbackdoor.detect.scan import OTHER_COUNT, Scan, ScanResult
 from unbackdoor.detect.trigger_search import RecoveredTrigger
 from unbackdoor.detect.verdict import limits_of
 from unbackdoor.errors import MissingDependencyError
@@ -44,6 +44,13 @@ UNCOMPARED = (
     "again with `--calibration`."
 )
 """The advice where nothing is missing but clean models to compare with."""
+
+
+OTHER_IMAGES = (
+    "Do not rely on this model yet. Scan again with about as many clean images as the clean models were "
+    "scored with, as the warning says."
+)
+"""The advice where clean models are there, but were scored with more or fewer images."""
 
 
 def configured_scan(scan: Scan, settings: Sequence[str]) -> Scan:
@@ -105,7 +112,9 @@ def advice_on(result: ScanResult) -> str:
     deciding = [each.detection for each in result.evidence if each.decides]
     told = not any(each.undetermined for each in deciding)
     uncompared = told and any(each.p_value is None for each in deciding)
-    return UNCOMPARED if result.verdict == "inconclusive" and uncompared else ADVICE[result.verdict]
+    if result.verdict != "inconclusive" or not uncompared:
+        return ADVICE[result.verdict]
+    return OTHER_IMAGES if any(OTHER_COUNT in warning for warning in result.warnings) else UNCOMPARED
 
 
 def _detector_row(evidence: Evidence, clean: LabelledImages) -> doc.DetectorRow:

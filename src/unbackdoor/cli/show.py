@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ def check_output(out: Path, model: Path, *, force: bool) -> None:
         raise InvalidInputError(f"--out must end in .safetensors, got {out}.")
     if out.exists() and not force:
         raise InvalidInputError(f"{out} exists already; choose another name or add --force.")
+    _check_writable(out)
 
 
 def check_folder(out: Path | None, *inputs: Path | None) -> None:
@@ -66,6 +68,22 @@ def check_folder(out: Path | None, *inputs: Path | None) -> None:
         raise InvalidInputError(
             f"{out} is an input of this command, or written by it already; give another file to write to."
         )
+    _check_writable(out)
+
+
+def _check_writable(out: Path) -> None:
+    """Try to make a file beside ``out``; a folder that exists may still be closed to this user.
+
+    Raises:
+        InvalidInputError: If that fails.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}."):
+            pass
+    except OSError as error:
+        raise InvalidInputError(
+            f"cannot write {out}: {error.strerror}; give a file in a folder that you may write to."
+        ) from error
 
 
 def finish(document: doc.Document, *, as_json: bool, report: Path | None, said: Collection[str] = ()) -> None:
@@ -77,6 +95,7 @@ def finish(document: doc.Document, *, as_json: bool, report: Path | None, said: 
         report: Where the page goes, if anywhere.
         said: Warnings that were printed before the work, and are not repeated.
     """
+    document = _introduced(document)
     _tell(document, as_json=as_json, said=said)
     if report is not None:
         write_page([document], report, title="Backdoor report", quiet=as_json)
@@ -97,6 +116,18 @@ def _tell(document: doc.Document, *, as_json: bool, said: Collection[str]) -> No
         _evaluate(document)
 
 
+def _introduced(document: doc.Document) -> doc.Document:
+    """Return a purification with the name and the source of its method for people, if it has none yet."""
+    if not isinstance(document, doc.PurifyDocument) or document.method_title:
+        return document
+    from unbackdoor.purify.registry import PURIFIERS
+
+    method = PURIFIERS.get(document.method.replace("-", "_"))
+    if method is None:
+        return document
+    return document.model_copy(update={"method_title": method.title, "method_source": method.source})
+
+
 def write_page(documents: Sequence[doc.Document], out: Path, *, title: str, quiet: bool = False) -> None:
     """Render the documents and write the page.
 
@@ -105,7 +136,7 @@ def write_page(documents: Sequence[doc.Document], out: Path, *, title: str, quie
     """
     from unbackdoor.report.page import render
 
-    page = render(documents, title=title)
+    page = render([_introduced(document) for document in documents], title=title)
     doc.write_text(page, out)
     if not quiet:
         console.note(f"wrote {out} ({len(page) // 1024} KiB)")
@@ -279,20 +310,7 @@ def _scan(document: doc.ScanDocument) -> None:
         markup=False,
     )
     if document.detectors:
-        columns = ("detector", "looks at", "score", "threshold", "p", "says", "target", "s")
-        table = Table(*columns, box=None, pad_edge=False)
-        for row in document.detectors:
-            table.add_row(
-                escape(dashed(row.name)),
-                escape(row.kind),
-                "-" if row.score is None else f"{row.score:.3f}",
-                "-" if row.threshold is None else f"{row.threshold:.3f}",
-                "-" if row.p_value is None else f"{row.p_value:.3f}",
-                row.verdict if row.decides else f"({row.verdict})",
-                "-" if row.target_class is None else str(row.target_class),
-                f"{row.seconds:.0f}",
-            )
-        console.print_table(table)
+        _opinions(document.detectors)
         for row in document.detectors:
             out.print(f"- {row.summary}", markup=False)
     if document.trigger is not None:
@@ -305,6 +323,40 @@ def _scan(document: doc.ScanDocument) -> None:
     if document.verdict == "clean":
         for limit in document.limits:
             out.print(f"- {limit}", markup=False)
+
+
+def _opinions(rows: Sequence[doc.DetectorRow]) -> None:
+    """Print a row for each detector; where a terminal is too narrow, without what matters least, or lines."""
+    for left_out in ((), ("looks at",), ("looks at", "s")):
+        named = [{k: v for k, v in _opinion(row).items() if k not in left_out} for row in rows]
+        table = Table(*named[0], box=None, pad_edge=False)
+        for cells in named:
+            table.add_row(*map(escape, cells.values()))
+        if console.fits(table):
+            console.print_table(table)
+            return
+    for row in rows:
+        cells = _opinion(row)
+        name, kind, says, seconds = (cells.pop(key) for key in ("detector", "looks at", "says", "s"))
+        console.results.print(f"{name}{f', {kind}' if kind else ''}: {says}", markup=False)
+        numbers = [f"{key} {value}" for key, value in cells.items() if value != "-"]
+        console.results.print(f"  {', '.join([*numbers, f'{seconds} s'])}", markup=False)
+
+
+def _opinion(row: doc.DetectorRow) -> dict[str, str]:
+    """Return what a detector found by the heading of its column."""
+    # A detector that saw nothing does not vouch for the model.
+    says = "no evidence" if row.verdict == "clean" else row.verdict
+    return {
+        "detector": dashed(row.name),
+        "looks at": row.kind,
+        "score": "-" if row.score is None else f"{row.score:.3f}",
+        "threshold": "-" if row.threshold is None else f"{row.threshold:.3f}",
+        "p": "-" if row.p_value is None else f"{row.p_value:.3f}",
+        "says": says if row.decides else f"({says})",
+        "target": "-" if row.target_class is None else str(row.target_class),
+        "s": f"{row.seconds:.0f}",
+    }
 
 
 def recovered(trigger: doc.RecoveredTrigger) -> str:
@@ -336,6 +388,8 @@ def _purify(document: doc.PurifyDocument) -> None:
         f"{percent(document.clean_accuracy_before)} before, {percent(document.clean_accuracy_after)} after",
         markup=False,
     )
+    if document.model.normalisation.endswith("given by the user"):
+        out.print("Open the new file with the same normalisation that you gave for this one.", markup=False)
     for item in document.untreated:
         console.note(f"not treated: {item.layer}: {item.reason}")
     if document.unchanged:

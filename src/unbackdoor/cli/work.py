@@ -18,6 +18,8 @@ from unbackdoor import rng
 from unbackdoor.catalogue import dashed
 from unbackdoor.compute import predictions_of
 from unbackdoor.costs import metered
+from unbackdoor.data.splits import draw_balanced
+from unbackdoor.detect.plausibility import check_plausible
 from unbackdoor.evaluate import clean_accuracy, evaluate
 from unbackdoor.extras import require
 from unbackdoor.filters.groups import FilterMap, find_filters
@@ -45,6 +47,15 @@ PURIFY_LIMITS = (
     "A purified model can be infected again by fine-tuning on poisoned images.",
 )
 
+PROBED = 1000
+"""Test images on which an evaluation asks whether model and images belong together."""
+
+FAR_BELOW = 0.2
+"""How far below its card's clean accuracy a model is, before that is worth a warning; purifiers cost some."""
+
+DEAR = 0.03
+"""A purification that costs more accuracy than this is warned of."""
+
 
 @dataclass(frozen=True, eq=False)
 class PurifyJob:
@@ -71,6 +82,7 @@ def purify_document(
     with metered() as cost:
         purified = method.purify(loaded.model, learning, generator=rng.generator(seed), progress=progress)
     save_like(loaded, purified.model, out)
+    before, after = (clean_accuracy(network, held_out) for network in (loaded.model, purified.model))
     filter_map = find_filters(loaded.model, as_float(learning.images[:1]))
     diagnostics = purified.diagnostics
     document = doc.PurifyDocument(
@@ -79,12 +91,14 @@ def purify_document(
         model=info,
         data=data,
         method=dashed(method.name),
+        method_title=getattr(method, "title", ""),
+        method_source=getattr(method, "source", ""),
         outcome=_outcome(loaded.model, purified, filter_map),
         options=plain(diagnostics.get("options", {})),
         output=str(out),
         output_sha256=hashlib.sha256(out.read_bytes()).hexdigest(),
-        clean_accuracy_before=rate(clean_accuracy(loaded.model, held_out)),
-        clean_accuracy_after=rate(clean_accuracy(purified.model, held_out)),
+        clean_accuracy_before=rate(before),
+        clean_accuracy_after=rate(after),
         filters_total=sum(group.filters for group in filter_map.prunable),
         filters_removed=purified.mask.n_removed if purified.mask else 0,
         removed=_removed(purified, loaded.model, filter_map),
@@ -94,6 +108,7 @@ def purify_document(
         passes=cost.describe(),
         warnings=[
             *warnings,
+            *price(before, after, len(learning)),
             *weak_evidence(diagnostics.get("evidence", {})),
             *refused_relearning(diagnostics.get("relearning", [])),
             *remaining_triggers(diagnostics.get("relearning", []), learning.name_of),
@@ -101,6 +116,23 @@ def purify_document(
         limits=list(PURIFY_LIMITS),
     )
     return PurifyJob(purified, document)
+
+
+def price(before: Rate, after: Rate, learnt_from: int) -> list[str]:
+    """Say so if a purification cost more clean accuracy than one should pay.
+
+    Args:
+        before: Accuracy on images that the method did not see.
+        after: The same of the purified model.
+        learnt_from: How many images the method saw.
+    """
+    lost = before.value - after.value
+    if not lost > DEAR:  # NaN: nothing was measured
+        return []
+    return [
+        f"It cost {100 * lost:.1f} points of accuracy on {after.n} images that the method did not see; give "
+        f"more clean images than {learnt_from}, check that their labels are right, or take another --method."
+    ]
 
 
 def weak_evidence(found: Mapping[str, Any]) -> list[str]:
@@ -184,9 +216,13 @@ def evaluate_document(
     examples: int = 6,
     reactivate: bool = False,
     seed: int = 0,
+    claimed: float | None = None,
     progress: Progress = silent,
 ) -> doc.EvaluateDocument:
-    """Measure ``model`` on clean and, where there is a trigger, on triggered images; try to wake it."""
+    """Measure ``model`` on clean and, where there is a trigger, on triggered images; try to wake it.
+
+    ``claimed`` is the clean accuracy that the card of the attack has for the model that it left.
+    """
     started = time.perf_counter()
     if trigger is None or label_rule is None:
         metrics = {"clean_accuracy": rate(clean_accuracy(model, test))}
@@ -213,7 +249,21 @@ def evaluate_document(
         attack=attack,
         metrics=metrics,
         examples=shown,
+        warnings=_doubts(model, test, metrics["clean_accuracy"].value, claimed),
     )
+
+
+def _doubts(model: nn.Module, test: LabelledImages, found: float | None, claimed: float | None) -> list[str]:
+    """Say why what was measured may not mean much: the model may have been trained on other inputs."""
+    plausible = check_plausible(model, draw_balanced(test, min(len(test), PROBED), rng.generator(0)))
+    doubts = [sentence(plausible.problem)] if plausible.problem else list(plausible.warnings)
+    if not doubts and claimed is not None and found is not None and found < claimed - FAR_BELOW:
+        doubts = [
+            f"The model is right on {found:.1%} of these images, where the card of the attack claims "
+            f"{claimed:.1%} for the model that it left: they may be other images, or given in another way "
+            "(--normalize)."
+        ]
+    return doubts
 
 
 def rate(value: Rate) -> doc.Rate:
@@ -273,6 +323,7 @@ def _walk(steps: list[dict[str, Any]]) -> list[doc.WalkStep]:
             loss_change=step["loss_change"],
             kept=not step["removed"],
             clean_accuracy=step["accuracy"],
+            benefit=step.get("benefit"),
         )
         for rank, step in enumerate(steps)
     ]

@@ -76,9 +76,11 @@ def _check_same_names(found: Sequence[str], given: Sequence[str]) -> None:
     missing = sorted(set(given) - set(found))
     extra = sorted(set(found) - set(given))
     if missing or extra:
+        differ = [f"missing in the data {_listed(missing)}"] if missing else []
+        differ += [f"not among the names {_listed(extra)}"] if extra else []
         raise InvalidInputError(
-            f"the classes of the data differ from the class names given: missing in the data "
-            f"{_listed(missing)}, not among the names {_listed(extra)}; correct the names or the folders."
+            f"the classes of the data differ from the class names given: {', '.join(differ)}; correct the "
+            "names or the folders."
         )
 
 

@@ -67,10 +67,13 @@ def choose_splits(available: Sequence[str], wanted: str | None, *, source: str) 
     exact = [name for name in available if name == wanted]
     similar = [name for name in available if canonical_split(name) == (canonical_split(wanted) or "")]
     if not exact and not similar:
-        found = f"the splits {', '.join(available)}" if available else "no splits"
-        raise InvalidInputError(
-            f"{source} has no split {wanted!r}, it has {found}; choose one of what it has."
+        what = (
+            f"it has the splits {', '.join(available)}; choose one of what it has"
+            if available
+            else f"it has no splits; ask for all of it with --split {DEFAULT_SPLIT}, or sort its images into "
+            "folders train and test"
         )
+        raise InvalidInputError(f"{source} has no split {wanted!r}, {what}.")
     return tuple((exact or similar)[:1])
 
 

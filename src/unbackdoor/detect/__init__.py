@@ -1,5 +1,6 @@
 """Detectors: how suspicious is a model, seen with clean images alone; one file a method."""
 
+from unbackdoor.detect import registry as registry
 from unbackdoor.detect.ac import ActivationClustering as ActivationClustering
 from unbackdoor.detect.ban import BAN as BAN
 from unbackdoor.detect.bti_dbf import BTIDBF as BTIDBF

@@ -131,7 +131,7 @@ class Kind(_Part):
         first = next((tensor for tensor in parameters if tensor.ndim == 4), None)
         channels, height, width = images.images.shape[1:]
         return Kind(
-            architecture=architecture or type(model).__name__,
+            architecture=architecture or type(getattr(model, "network", model)).__name__,
             parameters=sum(tensor.numel() for tensor in parameters),
             width=None if first is None else len(first),
             num_classes=classes,

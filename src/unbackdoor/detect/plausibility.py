@@ -31,9 +31,15 @@ LOW = 0.6
 FEWEST_TO_RELABEL = 2
 """Images that a class must have to say something on the order of the labels."""
 
+FEWEST_TO_EXCHANGE = 3
+"""Images that a class must have to be called exchanged with another."""
+
 CLEAR_GAIN = 0.1
 """By how much the accuracy must rise with another normalisation, channel order or size for that to be the
 cause."""
+
+AS_GOOD = 0.03
+"""Normalisations whose accuracy differs by less than this are named together."""
 
 UNKNOWN_CAUSE = (
     "probably the normalisation (--normalize or --mean and --std), the label order (--class-names), the "
@@ -109,7 +115,7 @@ def check_plausible(model: nn.Module, clean: LabelledImages, *, chance_factor: f
     if recall < lowest:
         return Plausibility(accuracy, f"{sentence}: {UNKNOWN_CAUSE}")
     low = (f"{sentence.capitalize()}: {UNKNOWN_CAUSE}.",) if is_low else ()
-    return Plausibility(accuracy, warnings=(*low, *shift))
+    return Plausibility(accuracy, warnings=(*low, *_exchanged(confusion, clean), *shift))
 
 
 def statistics_shift(model: nn.Module, images: Tensor) -> float:
@@ -178,6 +184,27 @@ def _constant_answer(confusion: Tensor, clean: LabelledImages) -> str:
     )
 
 
+def _exchanged(confusion: Tensor, clean: LabelledImages) -> tuple[str, ...]:
+    """Name classes whose images all go to another class, as where two names were exchanged."""
+    counts = confusion.sum(1)
+    shares = confusion.double() / counts.clamp_min(1).unsqueeze(1)
+    highest = shares.max(1)
+    wrong = [
+        (label, int(highest.indices[label]))
+        for label in range(len(confusion))
+        if counts[label] >= FEWEST_TO_EXCHANGE
+        and float(highest.values[label]) > 0.5
+        and float(shares[label, label]) < 0.2
+    ]
+    if len(wrong) < 2 or {a for a, _ in wrong} != {b for _, b in wrong}:
+        return ()
+    told = ", ".join(f"{clean.name_of(a)!r} as {clean.name_of(b)!r}" for a, b in wrong)
+    return (
+        f"Images of {len(wrong)} classes are answered as one another's ({told}): their names are probably "
+        "exchanged; check --class-names, or the labels.",
+    )
+
+
 def _cause(model: nn.Module, clean: LabelledImages, confusion: Tensor) -> str:
     """Return the cause of a low accuracy that trying confirms, or nothing."""
     # A class with one image is always right once its answer counts as its name.
@@ -195,7 +222,8 @@ def _cause(model: nn.Module, clean: LabelledImages, confusion: Tensor) -> str:
     probed = _probed(clean)
     usual = _recall(model, probed.images, probed.labels)
     tried = (*_normalisations(model, probed), *_channels(model, probed), *_sizes(model, probed))
-    better = max(tried, default=(0.0, ""))
+    # The first of equals: normalisations are likelier to be forgotten than sizes.
+    better = max(tried, key=lambda pair: pair[0], default=(0.0, ""))
     return better[1] if better[0] >= usual + CLEAR_GAIN else ""
 
 
@@ -208,16 +236,22 @@ def _normalisations(model: nn.Module, probed: LabelledImages) -> Iterator[tuple[
             "without the normalisation that it was given it would be right more often, so the network "
             "probably normalises by itself; leave --normalize, --mean and --std out",
         )
+    recalls: dict[str, float] = {}
     for name, (mean, std) in PRESETS.items():
         if len(mean) in (1, probed.images.shape[1]):
             # Its mean and deviation belong where the network is.
             normalised = NormalisedModel(network, mean, std).to(device_of(model))
-            recall = _tried(normalised, probed.images, probed.labels)
-            yield (
-                recall,
-                f"with --normalize {name} it would be right on {recall:.1%}, so the model probably expects "
-                "normalised images",
-            )
+            recalls[name] = _tried(normalised, probed.images, probed.labels)
+    best = max(recalls.values(), default=0.0)
+    # Few images do not tell similar ones apart.
+    close = sorted(
+        (name for name in recalls if recalls[name] > best - AS_GOOD), key=lambda name: -recalls[name]
+    )
+    yield (
+        best,
+        f"with --normalize {' or '.join(close)} it would be right on {best:.1%}, so the model probably "
+        "expects normalised images",
+    )
 
 
 def _channels(model: nn.Module, probed: LabelledImages) -> Iterator[tuple[float, str]]:

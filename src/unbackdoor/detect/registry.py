@@ -41,10 +41,10 @@ MODEL_DETECTORS: dict[str, type[Any]] = {
         BAN,
     )
 }
-"""By snake_case name; ``ModelDetector`` protocol, frozen dataclasses."""
+"""By ``name`` in snake_case (users write dashes); ``ModelDetector`` protocol, frozen dataclasses."""
 
 SAMPLE_DETECTORS: dict[str, type[Any]] = {
     cls.name: cls
     for cls in (UnlearntSample, STRIP, ScaleUp, IBDPSC, ActivationClustering, SpectralSignatures, SCAn)
 }
-"""By snake_case name; ``SampleDetector`` protocol, frozen dataclasses."""
+"""By ``name`` in snake_case (users write dashes); ``SampleDetector`` protocol, frozen dataclasses."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from unbackdoor import rng
-from unbackdoor.catalogue import dashed, find
+from unbackdoor.catalogue import dashed, find, name_of
 from unbackdoor.compute import check_fits
 from unbackdoor.detect.calibration import CalibrationSet, Kind, flags_allowed, shipped_for, threshold_from
 from unbackdoor.detect.collapse import Collapse
@@ -27,6 +27,7 @@ from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.detect.suspects import SuspectFilter, suspect_filters
 from unbackdoor.detect.trigger_search import FoundTriggers, RecoveredTrigger, TriggerSearch
 from unbackdoor.detect.verdict import (
+    NOBODY,
     Confidence,
     Ground,
     Judgement,
@@ -38,6 +39,9 @@ from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.settings import configure
 from unbackdoor.suppression import Suppression
 from unbackdoor.types import Detection, LabelledImages, ModelDetector, Progress, silent
+
+OTHER_COUNT = "does not hold for"
+"""In the warning that a calibration is of another number of images."""
 
 MOST_IMAGES_APART = 2.0
 """A calibration made with more or fewer images than the scan has, by this factor, does not apply."""
@@ -122,7 +126,8 @@ class Scan:
         statistic: Readings of magnitude and saliency.
         search: Options of the trigger search.
         fast: Leave the trigger search out; the model cannot be called clean then.
-        deciding: Detectors that decide; ``collapse`` and ``trigger_search`` are among them.
+        deciding: Detectors that decide, by name, in snake case or with dashes; ``collapse`` and
+            ``trigger_search`` are among them.
         alpha: Largest false-positive rate, in (0, 1).
         calibration: Clean models' scores; None takes what comes with the package for this kind of network.
         smallest_per_class: With fewer images of any class of the model, no verdict is given.
@@ -144,11 +149,15 @@ class Scan:
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
             raise InvalidInputError(f"alpha must lie in (0, 1), got {self.alpha}.")
-        if set(self.deciding) - set(KINDS) or not set(REQUIRED) <= set(self.deciding):
+        deciding = tuple(dict.fromkeys(name_of("deciding detector", KINDS, each) for each in self.deciding))
+        if not set(REQUIRED) <= set(deciding):
+            others = ", ".join(dashed(name) for name in KINDS if name not in REQUIRED)
             raise InvalidInputError(
-                f"deciding must hold {' and '.join(REQUIRED)} and may hold others of {', '.join(KINDS)}; got "
-                f"{self.deciding}."
+                f"deciding must hold {' and '.join(map(dashed, REQUIRED))} and may hold others of {others}; "
+                f"got {', '.join(map(dashed, deciding)) or 'none'}."
             )
+        # All else compares with the detectors' own names.
+        object.__setattr__(self, "deciding", deciding)
         names = [detector.name for detector in self._others()]
         if repeated := [name for name in names if name in KINDS or names.count(name) > 1]:
             raise InvalidInputError(f"a scan runs {dashed(repeated[0])!r} once; do not name it again.")
@@ -214,7 +223,9 @@ class Scan:
                 seconds=time.perf_counter() - started,
             )
         measured = self.measure(model, clean, generator=generator, progress=progress)
-        result = self.conclude(measured, clean, calibration, plausibility)
+        unsuited = calibration is None and any(OTHER_COUNT in warning for warning in warnings)
+        nobody = "the clean models at hand were scored with another number of images" if unsuited else NOBODY
+        result = self.conclude(measured, clean, calibration, plausibility, nobody)
         filters: tuple[SuspectFilter, ...] = ()
         if result.verdict != "clean":
             trigger = None if result.trigger is None else result.trigger.trigger
@@ -293,6 +304,7 @@ class Scan:
         clean: LabelledImages,
         calibration: CalibrationSet | None,
         plausibility: Plausibility,
+        nobody: str = NOBODY,
     ) -> ScanResult:
         """Compare what was measured with clean models and give a verdict.
 
@@ -301,11 +313,12 @@ class Scan:
             clean: The images that it was measured with.
             calibration: Scores of clean models of the same kind, or None.
             plausibility: From ``check_plausible``.
+            nobody: Why there is no calibration, if there is none; a clause.
         """
         joint = self.joint(measured.scores(), calibration)
         evidence = tuple(self._calibrated(each, calibration, joint) for each in measured.evidence)
         classes = len(measured.exposure.suppressed.confusion)
-        judgement = Judgement(evidence, joint, clean, classes, self.alpha, self.smallest_per_class)
+        judgement = Judgement(evidence, joint, clean, classes, self.alpha, self.smallest_per_class, nobody)
         verdict, reason = judgement.verdict()
         suspect = judgement.suspect(verdict)
         target = None if suspect is None else suspect.detection.target_class
@@ -314,7 +327,7 @@ class Scan:
             reason=reason,
             plausibility=plausibility,
             ground=judgement.ground(),
-            confidence=confidence_of(calibration, joint, self.alpha),
+            confidence=confidence_of(calibration, joint, self.alpha, nobody),
             target_class=target,
             evidence=evidence,
             trigger=None if measured.triggers is None else measured.triggers.of(target),
@@ -383,10 +396,7 @@ class Scan:
             )
         factor = len(clean) / found.images
         if not 1 / MOST_IMAGES_APART <= factor <= MOST_IMAGES_APART:
-            return None, (
-                f"The calibration was made with {found.images} images and does not hold for {len(clean)}; "
-                "give as many, or calibrate with as many as you have.",
-            )
+            return None, (_other_count(found.images, len(clean)),)
         if abs(math.log(factor)) > math.log(1.1):
             return found, (
                 f"The calibration was made with {found.images} images, this scan has {len(clean)}; its rates "
@@ -454,6 +464,14 @@ class Scan:
             f"of {split!r}: if the model was trained on these, its rates hold only roughly. Where the images "
             f"come in splits, give --split {calibration.split}.",
         )
+
+
+def _other_count(scored: int, given: int) -> str:
+    fewest, most = math.ceil(scored / MOST_IMAGES_APART), math.floor(scored * MOST_IMAGES_APART)
+    return (
+        f"The calibration was made with {scored} images and {OTHER_COUNT} {given}; give {fewest} to {most} "
+        "(--clean-count), or calibrate with as many as you have."
+    )
 
 
 def _no_trigger(

@@ -25,11 +25,12 @@ class STRIP:
     clean images and flags what lies below its 1 % quantile; here the caller sets the threshold.
 
     Public code blends in five ways. The authors' notebook adds float images of [0, 1] without a clip, up to
-    values of 2 (``STRIP.paper()``). The default is their mean, as in TrojanZoo and ART: the same blend at
-    half the brightness, which stays in the range that models are made for. VinAIResearch's code adds bytes
-    that saturate (weights 1 and 1): of images brighter than mid-grey all blends are white, and clean samples
-    get certain answers too. backdoor-toolbox's firewall has 1 and 0.5 with a clip. BackdoorBench adds images
-    after normalisation; as that is inside of the model here, it is not offered.
+    values of 2 (``paper = true`` in a suite, ``STRIP.paper()`` in Python). The default is their mean, as in
+    TrojanZoo and ART: the same blend at half the brightness, which stays in the range that models are made
+    for. VinAIResearch's code adds bytes that saturate (weights 1 and 1): of images brighter than mid-grey all
+    blends are white, and clean samples get certain answers too. backdoor-toolbox's firewall has 1 and 0.5
+    with a clip. BackdoorBench adds images after normalisation; as that is inside of the model here, it is
+    not offered.
 
     Deviations: all samples are blended with the same clean images, drawn without replacement, so that a
     score does not depend on what else is scored, and differences between samples are not differences

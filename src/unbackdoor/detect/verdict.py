@@ -28,6 +28,9 @@ VERDICTS: dict[Ground, Verdict] = {
     "nothing": "clean",
 }
 
+NOBODY = "there are no clean models to compare with"
+"""The usual reason for a verdict without a false-positive rate."""
+
 ROUNDING = 1e-12
 """P-values are ratios of small integers, and alpha a decimal fraction: equal ones may differ by this."""
 
@@ -92,7 +95,7 @@ def too_few_images(clean: LabelledImages, classes: int, smallest: float) -> str:
     return (
         f"{len(clean)} images are too few for a verdict: {len(short)} of the model's {classes} classes have "
         f"fewer than {smallest:g}, such as {clean.name_of(short[0])!r} with {int(counts[short[0]])}; give at "
-        f"least {math.ceil(smallest)} of each"
+        f"least {math.ceil(smallest)} of each, and --clean-count {math.ceil(smallest) * classes} or more"
     )
 
 
@@ -107,6 +110,7 @@ class Judgement:
         classes: Outputs of the model.
         alpha: Largest false-positive rate, in (0, 1).
         smallest_per_class: With fewer images of any class of the model, no verdict is given.
+        nobody: Why there are no clean models to compare with, if there are none; a clause.
     """
 
     evidence: tuple[Evidence, ...]
@@ -115,6 +119,7 @@ class Judgement:
     classes: int
     alpha: float
     smallest_per_class: float
+    nobody: str = NOBODY
 
     def verdict(self) -> tuple[Verdict, str]:
         """Return the verdict and its reason, a sentence without a full stop."""
@@ -166,10 +171,7 @@ class Judgement:
         deciding = [each for each in self.evidence if each.decides]
         if all(each.detection.undetermined for each in deciding):
             return f"the scan cannot tell: {deciding[0].detection.undetermined}"
-        return (
-            "there are no clean models to compare with, so that no false-positive rate is known; by rules of "
-            f"thumb, {self._said()}"
-        )
+        return f"{self.nobody}, so that no false-positive rate is known; by rules of thumb, {self._said()}"
 
     def _missing(self) -> list[str]:
         """Say which required kinds of evidence there is nothing of."""
@@ -197,8 +199,10 @@ class Judgement:
         return " and ".join(finding(each, self.clean) for each in chosen) or "nothing was measured"
 
 
-def confidence_of(calibration: CalibrationSet | None, joint: Joint | None, alpha: float) -> Confidence:
-    """Say what a comparison with clean models guarantees."""
+def confidence_of(
+    calibration: CalibrationSet | None, joint: Joint | None, alpha: float, nobody: str = NOBODY
+) -> Confidence:
+    """Say what a comparison with clean models guarantees; ``nobody`` as for ``Judgement``."""
     if calibration is None or joint is None:
         return Confidence(
             p_value=None,
@@ -207,7 +211,7 @@ def confidence_of(calibration: CalibrationSet | None, joint: Joint | None, alpha
             origin="none",
             description="no clean models",
             smallest_rate=None,
-            guarantee="No false-positive rate is guaranteed: there were no clean models to compare with.",
+            guarantee=f"No false-positive rate is guaranteed: {nobody}.",
         )
     if joint.smallest_p > alpha + ROUNDING:
         guarantee = f"The rate asked for is not guaranteed: {too_few(joint.n, alpha)}."

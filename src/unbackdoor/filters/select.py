@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbackdoor.errors import InvalidInputError
+from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterMap
 from unbackdoor.filters.mask import FilterMask, PruneMode, cleared_tensors
 from unbackdoor.filters.replay import Replay
@@ -34,8 +34,16 @@ def order(scores: Mapping[str, Tensor], *tie_breaks: Mapping[str, Tensor]) -> li
         scores: Layer name to ``(filters,)``.
         tie_breaks: Further scores that decide among equal ones, in turn; after them layer order and
             filter index do, so the result is always the same.
+
+    Raises:
+        UnsupportedModelError: If there is no filter.
     """
     places = [(name, j) for name, values in scores.items() for j in range(len(values))]
+    if not places:
+        raise UnsupportedModelError(
+            "there is no filter to put in order: the network has no layer before its head whose filters "
+            "could be removed, or none of them has a score; give a network with hidden layers."
+        )
     index = torch.arange(len(places))
     for values in reversed((scores, *tie_breaks)):
         flat = torch.cat([values[name].detach().double().cpu().flatten() for name in scores])
@@ -58,7 +66,7 @@ class Guard:
         candidates: Share of the prunable filters that are looked at, from the lowest score, in (0, 1].
         per_filter: Largest rise of the mean clean cross-entropy (nats) by one more removal.
         total: Largest rise of it by all removals together.
-        accuracy: Largest loss of clean accuracy by all removals together, as a fraction.
+        accuracy: Largest loss of clean accuracy by all removals together, as a fraction in [0, 1].
         benefit: Smallest fall of the loss where the backdoor was exposed by one more removal, as a share of
             what it was at the start, in [0, 1). A backdoor's filters are what keeps a suppressed copy from
             its clean task, or stamped images from their class; others cost a little clean accuracy each and
@@ -79,11 +87,16 @@ class Guard:
     def __post_init__(self) -> None:
         if not 0 < self.candidates <= 1:
             raise InvalidInputError(f"the guard's candidates must lie in (0, 1], got {self.candidates}.")
-        bounds = (self.per_filter, self.total, self.accuracy)
+        bounds = (self.per_filter, self.total)
         if any(map(math.isnan, bounds)) or not 0 <= self.benefit < 1:
             raise InvalidInputError(
-                "the guard's per_filter, total and accuracy must be numbers and its benefit lie in [0, 1), "
+                "the guard's per_filter and total must be numbers and its benefit lie in [0, 1), "
                 f"got {', '.join(map(str, bounds))} and {self.benefit}."
+            )
+        if not 0 <= self.accuracy <= 1:
+            raise InvalidInputError(
+                "the guard's accuracy is the largest loss of clean accuracy as a fraction and must lie in "
+                f"[0, 1], got {self.accuracy}; 0.02 allows 2 points of 100."
             )
         if not self.screen >= 0 or self.patience < 0:
             raise InvalidInputError(

@@ -1,5 +1,6 @@
 """Purifiers: model and clean images to a new model, one file a paper."""
 
+from unbackdoor.purify import registry as registry
 from unbackdoor.purify.anp import ANP as ANP
 from unbackdoor.purify.awm import AWM as AWM
 from unbackdoor.purify.bnp import BNP as BNP

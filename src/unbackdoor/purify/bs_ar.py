@@ -43,7 +43,7 @@ class BSAR:
     falls without bound for parameters below -1 (a lost sign), which drives them away instead of shrinking
     them; its mask selects *all* parameters of moderate size, suspects or not. ``BSAR.authors()`` has the
     settings of its example, less these three: single weights of the head, those of *highest* salience, a
-    share that grows from a half to all. The paper's own settings are not known, so there is no ``paper()``;
+    share that grows from a half to all. The paper's own settings are not known, so there is no ``--paper``;
     on the command line the example is alpha=0.01, beta=0.5, growing=true, unit=weight, layers=head and
     suspects=highest.
 

@@ -31,10 +31,10 @@ class CLP:
     different layers can be ordered; the paper's rule is ``score < -u``.
 
     Deviations: with the default selection clean images decide how far to go, because the paper's rule goes
-    from harmless to destructive within one unit of u; ``selection=Selection(amount="own")`` needs no image
-    but one, for its shape. A norm belongs to the layer that feeds it in the traced pass; public code pairs
-    each norm with the convolution listed last, which is wrong in pre-activation networks. The norm's eps is
-    added to the variance, so that dead filters have a constant.
+    from harmless to destructive within one unit of u; ``selection.amount=own`` needs no image but one, for
+    its shape. A norm belongs to the layer that feeds it in the traced pass; public code pairs each norm with
+    the convolution listed last, which is wrong in pre-activation networks. The norm's eps is added to the
+    variance, so that dead filters have a constant.
 
     Args:
         u: How many standard deviations above the mean are too many.

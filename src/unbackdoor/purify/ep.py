@@ -32,7 +32,7 @@ class EP:
     given clean images only. Then there is no second peak, and what is left is a weak hint: filters that
     few clean images excite have one tight peak and a long tail. Do not expect the paper's results; to get
     its conditions, hand over a batch of the suspect training set as ``clean``, and decide on labels that can
-    be trusted, or use ``paper()``, which needs none.
+    be trusted, or use ``--paper``, in Python ``EP.paper()``, which needs none.
 
     The score is the deviation from the layer's mean in standard deviations, so that filters of different
     layers can be ordered; the paper's rule is ``score < -u``.

@@ -44,10 +44,10 @@ class MNP:
     theta_s; clean preserving (Eq. 7) learns M2 in [1, 2] on theta; filters of theta with the smallest
     M1 + M2 are pruned.
 
-    Deviations of the default from the paper, each an option; ``MNP.paper()`` is the literal reading:
-    suppression stops by accuracy; masks train with norms in eval mode, since in train mode batch norm makes
-    the loss independent of them; the order is M1 alone; the number of filters comes from a guarded walk on
-    clean images instead of a fixed 30; removing a filter also clears its norm.
+    Deviations of the default from the paper, each an option; ``--paper``, in Python ``MNP.paper()``, is the
+    literal reading: suppression stops by accuracy; masks train with norms in eval mode, since in train mode
+    batch norm makes the loss independent of them; the order is M1 alone; the number of filters comes from a
+    guarded walk on clean images instead of a fixed 30; removing a filter also clears its norm.
 
     Beyond the paper: suppression cannot see a small patch that few training images carried, nor a faint
     pattern, and trigger inversion can. ``exposures`` names the ways taken, in turn, each on what the ones

@@ -32,7 +32,7 @@ CLASSES: tuple[type[Any], ...] = (
 """MNP and the rivals of its Table 1, then the others."""
 
 PURIFIERS: dict[str, type[Any]] = {cls.name: cls for cls in CLASSES}
-"""By snake_case name; ``Purifier`` protocol, frozen dataclasses."""
+"""By ``name`` in snake_case (users write dashes); ``Purifier`` protocol, frozen dataclasses."""
 
 
 def purifier_named(name: str, *, paper: bool = False) -> Any:  # noqa: ANN401 - one of many dataclasses

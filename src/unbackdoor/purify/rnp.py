@@ -38,7 +38,7 @@ class RNP:
     clean images by default.
 
     Masks exist for layers that a batch norm with a scale follows; others lose no filter. For networks
-    without batch norm take ``masks=MaskTraining(target="filter", norm_mode="eval")``: masks then multiply
+    without batch norm take ``masks.target=filter`` and ``masks.norm_mode=eval`` together: masks then multiply
     the filters' weights, in all layers but the head.
 
     The paper's first use of an unlearnt copy, to find the filters for other pruning methods, is

@@ -38,10 +38,10 @@ class SAU:
     argmax h0(x')`` is wrong. Works with any norm: statistics stay frozen unless ``norm_mode`` says else.
 
     Deviations: x' is clipped to [0, 1], and delta starts at random within the radius; batch size, rate and
-    length suit 500 images. ``SAU.paper()`` undoes these. Of the authors' code we do not have: leaving images
-    out of the inner terms once a network is fooled (fooling) or both are alike (sharing), and ending the
-    ascent when all are; leaving images out of the last term that h0 errs on in the same way without delta;
-    bounds on the probabilities in its logarithm, below which nothing is unlearnt.
+    length suit 500 images. ``--paper``, in Python ``SAU.paper()``, undoes these. Of the authors' code we do
+    not have: leaving images out of the inner terms once a network is fooled (fooling) or both are alike
+    (sharing), and ending the ascent when all are; leaving images out of the last term that h0 errs on in the
+    same way without delta; bounds on the probabilities in its logarithm, below which nothing is unlearnt.
 
     Args:
         epochs: Passes over the clean images, T.

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,15 +160,26 @@ def _details(run: Run, answer: Answer) -> dict[str, Any]:
         },
         "set": dict(answer.cell.get("options", {})),
         "settings": dict(answer.cell.get("settings", {})),
-        "notes": record.get("notes", {}),
+        "notes": _flat(record.get("notes", {})),
         "cost": {**cost, **{f"images {name}": value for name, value in kinds.items()}},
-        "trained": record.get("trained", {}),
+        "trained": _flat(record.get("trained", {})),
         "log": list(record.get("log", [])),
         "series": record.get("series", {}),
         "oracle": _oracle(record.get("oracle_curve", [])),
         "circumstances": {name: record[name] for name in CIRCUMSTANCES if name in record},
         "cell": {name: value for name, value in answer.cell.items() if name not in ("settings", "options")},
     }  # fmt: skip
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return nested values as one list of names and values, since the page shows no JSON."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{before}{name}: ")
+        else:
+            found[before + name] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return found
 
 
 def _oracle(curve: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:

@@ -378,6 +378,8 @@ class WalkStep(Part):
         loss_change: Change of the clean loss if it is removed too.
         kept: True if the filter stayed in the network, False if it was removed.
         clean_accuracy: On the defence images after this step, where measured.
+        benefit: Fall of the loss where the backdoor was exposed, as a share of its start; None where it was
+            not asked, as in older documents.
     """
 
     rank: Count
@@ -386,6 +388,7 @@ class WalkStep(Part):
     loss_change: Number
     kept: bool
     clean_accuracy: Annotated[Fraction | None, BeforeValidator(_finite_or_none)] = None
+    benefit: Number = None
 
 
 class Untreated(Part):
@@ -455,6 +458,8 @@ class PurifyDocument(Part):
 
     Args:
         method: Name of the method.
+        method_title: Its name for people; empty in older documents, as is its source.
+        method_source: Where the method comes from.
         outcome: What became of the weights, in a phrase; empty in older documents.
         options: Its options.
         output: The file written.
@@ -480,6 +485,8 @@ class PurifyDocument(Part):
     model: ModelInfo
     data: DataInfo
     method: str
+    method_title: str = ""
+    method_source: str = ""
     outcome: str = ""
     options: Json = Field(default_factory=dict)
     output: PathText
@@ -510,6 +517,7 @@ class EvaluateDocument(Part):
         attack: Name of the attack, where known.
         metrics: ``clean_accuracy`` and, with a trigger, ``attack_success`` and ``robust_accuracy``.
         examples: Some triggered images.
+        warnings: Things to know before believing the result.
     """
 
     kind: Literal["evaluate"] = "evaluate"
@@ -523,6 +531,7 @@ class EvaluateDocument(Part):
     attack: str | None = None
     metrics: dict[str, Rate]
     examples: Many[Example] = ()
+    warnings: Many[str] = ()
 
 
 Document = ScanDocument | PurifyDocument | EvaluateDocument

@@ -9,28 +9,22 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from unbackdoor.errors import InvalidInputError
-from unbackdoor.report import plots
+from unbackdoor.report import plots, walk
 from unbackdoor.report.documents import (
     Document,
     EvaluateDocument,
     PurifyDocument,
     Rate,
     ScanDocument,
-    png_text,
 )
-
-MAX_EVIDENCE_CHARACTERS = 1500
-"""Longer values of a detector's evidence are cut; the JSON document has them in full."""
+from unbackdoor.report.values import MISSING, chance, duration, entries, interval, number, percent
 
 MAX_ROWS = 2000
 """Longer tables are cut; the JSON document has them in full."""
@@ -49,8 +43,8 @@ WOKEN = (
 )
 """Shown where some evaluation tried to wake the backdoor."""
 
-NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"
-MISSING = "\N{EN DASH}"
+LEFT_OUT = {"trigger_search": "trigger inversion"}
+"""Detectors that a scan can leave out, in words."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +55,29 @@ class Section:
     key: str
     plots: Mapping[str, Markup]
 
+    @property
+    def measured(self) -> bool:
+        """Whether a scan got as far as to measure anything; where images are of no use, it does not."""
+        document = self.document
+        shown = isinstance(document, ScanDocument) and (
+            document.detectors or document.trigger or document.filters
+        )
+        return bool(shown or self.plots)
+
 
 @dataclass(frozen=True)
-class EvidenceRow:
-    """One entry of a detector's evidence, as text or as the base64 text of a PNG image."""
+class Deciding:
+    """How many of the detectors that decide called the model backdoored.
 
-    name: str
-    text: str = ""
-    image: str = ""
+    Args:
+        fired: How many.
+        total: Of how many, those included that did not run.
+        left_out: What those look for that did not run.
+    """
+
+    fired: int
+    total: int
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,14 +109,16 @@ def render(documents: Sequence[Document], *, title: str) -> str:
         for index, document in enumerate(documents)
         if isinstance(document, PurifyDocument)
     ]
+    scans = [
+        Section(document, f"scan{index}", _scan_plots(document, f"scan{index}"))
+        for index, document in enumerate(documents)
+        if isinstance(document, ScanDocument)
+    ]
     return environment.get_template("page.html").render(
         title=title,
         documents=documents,
-        scans=[
-            Section(document, f"scan{index}", _scan_plots(document, f"scan{index}"))
-            for index, document in enumerate(documents)
-            if isinstance(document, ScanDocument)
-        ],
+        scans=scans,
+        measured=any(section.measured for section in scans),
         purifications=purifications,
         # A graph network has no filters.
         pruned=[section for section in purifications if getattr(section.document, "filters_total", 0)],
@@ -120,50 +131,19 @@ def render(documents: Sequence[Document], *, title: str) -> str:
     )
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    """Return a fraction as a percentage, such as ``94.1 %``."""
-    return MISSING if value is None else f"{100 * value:.{digits}f}{NARROW_SPACE}%"
-
-
-def interval(rate: Rate) -> str:
-    """Return the 95 % interval of ``rate`` in percent and the number of images behind it."""
-    return f"{100 * rate.low:.1f}{MISSING}{100 * rate.high:.1f}{NARROW_SPACE}%, n = {rate.n:,}"
-
-
-def number(value: float | None) -> str:
-    """Return ``value`` to three significant digits; integers up to a million in full."""
-    if value is None:
-        return MISSING
-    if value == int(value) and abs(value) < 1e6:
-        return f"{int(value):,}"
-    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}", 1 if value < 0 else 0)
-
-
-def chance(value: float | None) -> str:
-    """Return a p-value in words of three digits at most."""
-    if value is None:
-        return "not calibrated"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the largest two units that matter."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def evidence_rows(evidence: Mapping[str, Any]) -> list[EvidenceRow]:
-    """Return what a detector found as rows; the values of keys that end in ``_png`` as images."""
-    rows = []
-    for key, value in evidence.items():
-        name = key.replace("_", " ").strip()
-        if key.endswith("_png") and _is_png(value):
-            rows.append(EvidenceRow(name.removesuffix(" png"), image=value))
-        else:
-            rows.append(EvidenceRow(name, text=_value_text(value)))
-    return rows
+def deciding(document: ScanDocument) -> Deciding:
+    """Count the detectors that a verdict follows from."""
+    rows = [row for row in document.detectors if row.decides]
+    options = document.settings.get("scan")
+    asked = options.get("deciding") if isinstance(options, Mapping) else None
+    names = [name for name in asked if isinstance(name, str)] if isinstance(asked, list) else []
+    there = {row.name for row in document.detectors}
+    absent = [name for name in names if name not in there]
+    return Deciding(
+        fired=sum(row.verdict == "backdoored" for row in rows),
+        total=len(rows) + len(absent),
+        left_out=tuple(LEFT_OUT.get(name, name.replace("_", " ")) for name in absent),
+    )
 
 
 def _environment() -> Environment:
@@ -180,9 +160,11 @@ def _environment() -> Environment:
         "number": number,
         "chance": chance,
         "duration": duration,
-        "evidence_rows": evidence_rows,
-        "value_text": _value_text,
+        "entries": entries,
         "points": _points,
+        "deciding": deciding,
+        "walk_caption": walk.caption,
+        "walk_reasons": walk.reasons,
         "rows": lambda values: values[:MAX_ROWS],
     }
     return environment
@@ -247,32 +229,3 @@ def _points(fraction: float | None) -> str:
 
 def _distinct(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(texts))
-
-
-def _is_png(value: object) -> bool:
-    try:
-        return isinstance(value, str) and bool(png_text(value))
-    except ValueError:
-        return False
-
-
-def _value_text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None or isinstance(value, int | float):
-        return number(value)
-    if isinstance(value, str):
-        return _cut(value)
-    if isinstance(value, list | tuple) and all(
-        isinstance(entry, int | float | str | None) for entry in value
-    ):
-        return _cut(", ".join(_value_text(entry) for entry in value)) if value else "none"
-    text = json.dumps(value, ensure_ascii=False, default=list)
-    # Three digits are enough for people, and seventeen are unreadable.
-    return _cut(re.sub(r"-?\d+\.\d{4,}(?:e-?\d+)?", lambda match: f"{float(match[0]):.3g}", text))
-
-
-def _cut(text: str) -> str:
-    if len(text) <= MAX_EVIDENCE_CHARACTERS:
-        return text
-    return f"{text[:MAX_EVIDENCE_CHARACTERS]}… ({len(text):,} characters in all)"

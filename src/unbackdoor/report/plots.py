@@ -226,7 +226,7 @@ def walk(steps: Sequence[WalkStep], *, key: str = "plot") -> str:
         draw,
         name=f"{key}-walk",
         title="Change of the clean loss for each candidate filter",
-        description=f"{len(steps) - kept} candidates removed, {kept} kept because the model needs them.",
+        description=f"{len(steps) - kept} candidates removed, {kept} kept.",
     )
 
 

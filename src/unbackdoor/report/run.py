@@ -16,8 +16,8 @@ from unbackdoor.catalogue import dashed
 from unbackdoor.errors import InvalidInputError
 
 PLAN, RECORDS = "plan.json", "records.jsonl"
-USUAL = {"zoo": "zoo", "models": "runs/models"}
-"""Where models are if nothing else is said."""
+USUAL_ZOO, USUAL_RUNS = "zoo", Path("runs")
+"""Where trained models, and runs, are if nothing else is said; models of a run's own are beside the run."""
 
 
 @dataclass(frozen=True)
@@ -131,19 +131,41 @@ class Run:
 
     @property
     def command(self) -> str:
-        """What makes the records again."""
-        given = self.plan["given"]
-        words = ["unbackdoor", "bench", given["suite"], "--size", self.plan["size"]]
-        for name, usual in USUAL.items():
-            words += [] if given[name] == usual else [f"--{name}", given[name]]
-        for name in ("part", "seeds"):
-            words += [word for value in given.get(name, ()) for word in (f"--{name}", str(value))]
-        data = data_argument(str(self.plan["data"]))
-        return shlex.join(words if data == DIGITS else [*words, "--data", data])
+        """What goes on with the run, or makes its records again."""
+        return self._command(self.plan["given"].get("only", ()))
 
     def command_for(self, answer: Answer) -> str:
         """What answers one question again."""
-        return f"{self.command} --only {shlex.quote(self.plan['cells'][answer.key]['label'])}"
+        return self._command([self.plan["cells"][answer.key]["label"]])
+
+    def _command(self, only: Sequence[str]) -> str:
+        given, size = self.plan["given"], str(self.plan["size"])
+        usual = USUAL_RUNS / f"{self.plan['suite']}-{size}"
+        # Older plans do not know where they were.
+        out = Path(given.get("out", usual))
+        models = out.parent / "models"
+        words = ["unbackdoor", "bench", _place(given["suite"]), "--size", size]
+        for name, place, default in (
+            ("out", out, usual),
+            ("zoo", given["zoo"], USUAL_ZOO),
+            ("models", given["models"], models),
+        ):
+            words += [] if Path(place) == Path(default) else [f"--{name}", _place(place)]
+        data = data_argument(str(self.plan["data"]))
+        several = {
+            **{name: given.get(name, ()) for name in ("part", "seeds")},
+            "data": () if data == DIGITS else (data,),
+            "only": only,
+        }
+        words += [
+            word for name, values in several.items() for each in values for word in (f"--{name}", str(each))
+        ]
+        return shlex.join(words)
+
+
+def _place(path: Path | str) -> str:
+    """Return a path as others may see it: where it lies on this machine is nobody's business."""
+    return Path(path).name if Path(path).is_absolute() else str(path)
 
 
 def read_run(folder: Path) -> Run:

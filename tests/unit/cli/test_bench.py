@@ -12,6 +12,7 @@ from toy import Number
 from unbackdoor.bench.runner import Tally
 from unbackdoor.cli import console
 from unbackdoor.cli.display import Display, summary
+from unbackdoor.report.run import read_run
 
 from .conftest import Run
 
@@ -75,13 +76,31 @@ def test_a_suite_trains_what_is_missing_answers_and_goes_on_where_it_was(
     shown = run("tables", out)
     assert shown.code == 0
     assert "| clean | measured |" in shown.out
-    again = f"unbackdoor bench {suite} --size cpu --models {tmp_path / 'runs' / 'models'}\n"
-    assert again in shown.out
+    assert "unbackdoor bench mine.toml --size cpu --out mine\n" in shown.out
+    assert str(tmp_path) not in shown.out
     assert (out / "index.html").exists()
     assert (out / "tables" / "defences.tex").exists()
     assert run("tables", out, "--format", "csv", "--out", tmp_path / "elsewhere").out.startswith(
         "model,source,"
     )
+
+
+def test_the_command_of_a_run_goes_on_with_what_was_asked(
+    run: Run, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def again(*arguments: object) -> str:
+        run("bench", suite.name, "--out", "mine", "--no-train", *arguments)
+        return read_run(Path("mine")).command
+
+    command = "unbackdoor bench mine.toml --size cpu --out mine"
+    assert again("--only", "clean clp*") == f"{command} --only 'clean clp*'"
+    assert again("--only", "*bnp*") == f"{command} --only 'clean clp*' --only '*bnp*'"
+    assert again() == command
+    # All questions belong to the run from now on, whichever are asked once more.
+    assert again("--only", "clean clp*", "--zoo", "z", "--models", "m") == f"{command} --zoo z --models m"
+    assert again("--part", "defences", "--seeds", 0) == f"{command} --part defences --seeds 0"
 
 
 def test_answers_of_another_run_to_the_same_questions_are_taken_over(

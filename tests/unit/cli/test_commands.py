@@ -162,8 +162,15 @@ def test_a_wrong_normalisation_is_named(run: Run, files: Files) -> None:
     common = ("scan", files.wants_half, "--arch", ARCH, "--clean", files.clean, "--json", "--fast")
     wrong = run(*common)
     assert (wrong.code, wrong.json["verdict"]) == (3, "inconclusive")
-    # On these images several known normalisations serve equally well; one of them is named.
-    assert re.search(r"with --normalize \w+ it would be right on 100.0%", wrong.json["reason"])
+    # On these images several known normalisations serve equally well; all of them are named.
+    assert re.search(r"with --normalize [\w ]+ it would be right on 100.0%", wrong.json["reason"])
+    # What is measured with a trigger means nothing then, either.
+    measured = ("evaluate", files.wants_half, "--arch", ARCH, "--data", files.clean, "--split", "train")
+    doubted = run(*measured)
+    assert doubted.code == 0
+    assert "warning: The model is right on only 12.5% of 240 clean images: with --normalize" in doubted.err
+    assert "warning" not in run(*measured, "--normalize", "half").err
+    assert run(*measured, "--normalize", "half").out != doubted.out
     right = run(*common, "--normalize", "half", "--calibration", files.strict)
     assert (right.code, right.json["verdict"]) == (1, "backdoored")
 
@@ -569,3 +576,70 @@ def test_a_twin_that_only_guesses_is_said_and_no_success(run: Run, tmp_path: Pat
     assert "of no use as a clean twin: the clean accuracy is" in guesses.err
     assert "no better than guessing among 10 classes" in guesses.err
     assert run("attack", "none", *options, "--allow-invalid").code == 0
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(
+    run: Run, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("unbackdoor.cli.show.tempfile.NamedTemporaryFile", closed)
+    monkeypatch.setattr("unbackdoor.cli.inputs.open_model", None)
+    common = (files.infected, "--arch", ARCH, "--clean", files.clean)
+    for arguments in (
+        ("purify", *common, "--out", tmp_path / "new.safetensors"),
+        ("scan", *common, "--sarif", tmp_path / "scan.sarif"),
+        ("scan", *common, "--report", tmp_path / "scan.html"),
+        ("calibrate", *common, "--out", tmp_path / "c.json"),
+    ):
+        result = run(*arguments)
+        assert result.code == 2
+        assert f"cannot write {arguments[-1]}: Permission denied" in " ".join(result.err.split())
+
+
+def test_a_trigger_for_other_images_is_refused(run: Run, files: Files, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    attack = ("attack", "badnets", "--data", "digits", "--arch", "resnet10", "--width", 4, "--limit", 60)
+    assert run(*attack, "--epochs", 1, "--normalize", "mnist", "--allow-invalid", "--out", folder).code == 0
+    images = ("--data", files.clean, "--split", "train")
+    result = run("evaluate", files.twin, "--arch", ARCH, *images, "--infected", folder)
+    assert result.code == 2
+    assert f"the trigger of {folder} is for other images: " in " ".join(result.err.split())
+    # The folder of an attack stands for the model in it.
+    measured = run("evaluate", folder, "--arch", "resnet10", "--data", "digits", "--count", 20, "--json")
+    assert (measured.code, measured.json["model"]["path"]) == (0, str(folder / "model.safetensors"))
+
+
+def test_options_of_a_scan_are_not_given_twice(run: Run, files: Files) -> None:
+    common = ("scan", files.infected, "--arch", ARCH, "--clean", files.clean)
+    result = run(*common, "--alpha", 0.01, "--set", "alpha=0.2")
+    assert (result.code, "give --alpha, not --set alpha=" in result.err) == (2, True)
+    # As `attack` has it.
+    assert (
+        run(
+            "evaluate",
+            files.twin,
+            "--arch",
+            ARCH,
+            "--data",
+            files.clean,
+            "--split",
+            "train",
+            "--normalize",
+            "none",
+        ).code
+        == 0
+    )
+
+
+def test_what_is_known_before_a_scan_is_said_before(
+    run: Run, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise InvalidInputError("the scan began.")
+
+    monkeypatch.setattr("unbackdoor.cli.scanning.scan_document", fails)
+    result = run("scan", files.infected, "--arch", ARCH, "--clean", files.clean, "--clean-count", 900)
+    said = " ".join(result.err.split())
+    assert "warning: Only 240 clean images exist where 900 were asked for." in said.split("the scan began")[0]

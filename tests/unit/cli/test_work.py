@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from unbackdoor.cli.work import refused_relearning, remaining_triggers, weak_evidence
+from unbackdoor.cli.work import price, refused_relearning, remaining_triggers, weak_evidence
+from unbackdoor.rates import Rate
 
 STEP = {"exposure": "inversion", "taken": True, "accuracy_of_the_suspect": 0.9, "accuracy": 0.8}
 
@@ -43,3 +44,12 @@ def test_filters_that_tell_too_little_are_named_and_kept() -> None:
     assert "exposed 17 filters" in sentence
     assert "none gives back more than 11% of what it broke" in sentence
     assert weak_evidence(found | {"taken": True}) == weak_evidence({}) == []
+
+
+def test_a_purification_that_is_dear_is_warned_of() -> None:
+    assert price(Rate(90, 100), Rate(88, 100), 500) == []
+    assert price(Rate(0, 0), Rate(0, 0), 500) == []
+    (warning,) = price(Rate(711, 1000), Rate(478, 1000), 9)
+    assert warning.startswith(
+        "It cost 23.3 points of accuracy on 1000 images that the method did not see; give more"
+    )

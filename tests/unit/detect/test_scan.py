@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from unbackdoor import rng
+from unbackdoor.cli.scanning import OTHER_IMAGES, advice_on
 from unbackdoor.detect.calibration import CalibrationSet, Kind, ScoredModel, options_of
-from unbackdoor.detect.evidence import Evidence
+from unbackdoor.detect.evidence import REQUIRED, Evidence
 from unbackdoor.detect.mm_bd import MaximumMargin
 from unbackdoor.detect.nc import TriggerSize
 from unbackdoor.detect.plausibility import Plausibility
@@ -21,6 +22,7 @@ from unbackdoor.detect.trigger_search import FoundTriggers, RecoveredTrigger, Tr
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.rates import Rate
+from unbackdoor.settings import configure
 from unbackdoor.suppression import Check, Suppressed, Suppression
 from unbackdoor.testing import PlantedBackdoor, planted_backdoor
 from unbackdoor.testing.subjects import Snapshot, small_network
@@ -228,7 +230,11 @@ def test_a_calibration_with_other_options_or_images_does_not_apply() -> None:
     assert "made with other options of unlearning exposure" in " ".join(result.warnings)
     result = scanned(calibrated(FAST, 0.3, 0.0, count=320), planted().model, images(80))
     assert result.verdict == "inconclusive"
-    assert "made with 320 images and does not hold for 80" in result.warnings[0]
+    assert "made with 320 images and does not hold for 80; give 160 to 640" in result.warnings[0]
+    assert result.reason.startswith(
+        "the clean models at hand were scored with another number of images, so that"
+    )
+    assert advice_on(result) == OTHER_IMAGES
     result = scanned(calibrated(FAST, 0.3, 0.0, count=240), planted().model, images())
     assert result.verdict == "backdoored"
     assert "its rates hold only roughly" in result.warnings[0]
@@ -388,7 +394,29 @@ def test_other_detectors_take_options() -> None:
         replace(FAST, others=("nc",), other_options=("nc.fewest_class=3",))
 
 
-@pytest.mark.parametrize("options", [{"alpha": 0.0}, {"deciding": ("collapse",)}, {"deciding": ("magic",)}])
+def test_deciding_detectors_are_named_with_dashes_or_as_in_python() -> None:
+    written = ("trigger-search", "Head-Weights", "collapse", "trigger_search")
+    assert Scan(deciding=written).deciding == ("trigger_search", "head_weights", "collapse")
+    assert Scan(deciding=REQUIRED) == Scan()
+    scan = configure(Scan(), ["deciding=collapse,trigger-search,head-weights"])
+    assert scan.deciding == ("collapse", "trigger_search", "head_weights")
+    with pytest.raises(
+        InvalidInputError,
+        match=r"unknown deciding detector 'triger-search': did you mean 'trigger-search'[?] known are "
+        r"collapse, recovery, mnp, trigger-search, head-weights[.]",
+    ):
+        configure(Scan(), ["deciding=collapse,triger-search"])
+    with pytest.raises(
+        InvalidInputError,
+        match=r"must hold collapse and trigger-search and may hold others of recovery, mnp, head-weights; "
+        r"got collapse, head-weights[.]",
+    ):
+        Scan(deciding=("collapse", "head_weights"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"alpha": 0.0}, {"deciding": ("collapse",)}, {"deciding": ("magic",)}, {"deciding": ()}]
+)
 def test_impossible_options(options: dict[str, object]) -> None:
-    with pytest.raises(InvalidInputError, match=r"alpha must lie|deciding must hold"):
+    with pytest.raises(InvalidInputError, match=r"alpha must lie|deciding must hold|unknown deciding"):
         Scan(**options)  # type: ignore[arg-type]

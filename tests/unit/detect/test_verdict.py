@@ -135,7 +135,7 @@ def test_few_images_come_first() -> None:
     assert (verdict, reason) == (
         "inconclusive",
         "19 images are too few for a verdict: 1 of the model's 4 classes have fewer than 5, such as 'cow' "
-        "with 4; give at least 5 of each",
+        "with 4; give at least 5 of each, and --clean-count 20 or more",
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import networks as nets
-from unbackdoor.errors import InvalidInputError
+from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters import FilterMap, find_filters
 from unbackdoor.filters.saliency import clean_loss
 from unbackdoor.filters.select import Exposed, Guard, below, guarded_walk, order
@@ -68,6 +68,12 @@ def test_order_of_many_ties_is_always_the_same() -> None:
         assert all(x < y for x, y in pairwise(ones))
 
 
+@pytest.mark.parametrize("scores", [{}, {"a": torch.zeros(0)}])
+def test_no_filters_have_no_order(scores: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"no filter to put in order.*hidden layers"):
+        order(scores)
+
+
 def test_below_includes_the_threshold() -> None:
     scores = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1.5, 1.0])}
     assert below(scores, 1.5) == [("a", 0), ("b", 0), ("b", 1)]
@@ -78,6 +84,13 @@ def test_below_includes_the_threshold() -> None:
 def test_a_guard_needs_a_sensible_share(candidates: float) -> None:
     with pytest.raises(InvalidInputError, match="candidates"):
         Guard(candidates=candidates)
+
+
+@pytest.mark.parametrize("accuracy", [-0.01, 1.01, 2.0, math.nan])
+def test_a_guard_allows_a_share_of_the_accuracy(accuracy: float) -> None:
+    with pytest.raises(InvalidInputError, match=rf"fraction and must lie in \[0, 1\], got {accuracy}; 0.02"):
+        Guard(accuracy=accuracy)
+    assert (Guard(accuracy=0.0).accuracy, Guard(accuracy=1.0).accuracy) == (0.0, 1.0)
 
 
 def test_the_walk_removes_dead_filters_and_skips_vital_ones() -> None:

@@ -142,10 +142,15 @@ def guarded(accuracy: float) -> TSBD:
     return replace(QUICK, selection=Selection(guard=Guard(benefit=0.0, accuracy=accuracy)))
 
 
-def test_a_lax_guard_takes_the_largest_share_and_an_impossible_one_none() -> None:
+def test_a_lax_guard_takes_the_largest_share_and_one_that_nothing_meets_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lax = purify(guarded(1.0)).diagnostics
     assert lax["filters"] == round(0.3 * 32)
-    none = purify(guarded(-2.0)).diagnostics
+    # The defence without cleared weights is right everywhere, all others nowhere.
+    measured = iter([1.0])
+    monkeypatch.setattr("unbackdoor.purify.tsbd.accuracy_of", lambda *given: next(measured, 0.0))
+    none = purify(guarded(0.9)).diagnostics
     assert (none["filters"], none["weights_cleared"]) == (0, 0)
     # Seven shares, of which two round to the same number: three bisections and n = 0.
     assert len(lax["tried"]) <= 4

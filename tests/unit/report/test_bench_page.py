@@ -52,6 +52,23 @@ def test_the_oracle_curve_is_drawn_and_called_one(tmp_path: Path) -> None:
     assert "oracle (uses the trigger)" in page
 
 
+def test_nested_notes_are_shown_as_names_and_values(tmp_path: Path) -> None:
+    notes = {"action": "pruned", "search": {"steps": 3, "betas": [0.5, 0.9], "of": {"a": None}}}
+    write(tmp_path, "table1", [("ours", purified(cell("badnets", "ft"), ca=0.8, asr=0.1, notes=notes))])
+    run = read_run(tmp_path)
+    page = render(run, tables_of(run), [])
+    data = re.search(r'<script type="application/json" id="details">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    detail = json.loads(data[1])["k0"]
+    assert detail["notes"] == {
+        "action": "pruned",
+        "search: steps": 3,
+        "search: betas": "0.5, 0.9",
+        "search: of: a": None,
+    }
+    assert detail["trained"]["label_rule: target_class"] == 0
+
+
 def test_entries_lead_to_their_records_and_averages_stay_below(tmp_path: Path) -> None:
     make_run(tmp_path)
     run = read_run(tmp_path)

@@ -85,6 +85,30 @@ def test_the_command_that_repeats_a_run_says_what_was_given(tmp_path: Path) -> N
     assert run.command_for(run.answers[0]) == f"{command} --only 'badnets mnp seed 0'"
 
 
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [
+        ({"out": "runs/mine-cpu", "models": "runs/models"}, ""),
+        ({"out": "smoke", "models": "models"}, " --out smoke"),
+        ({"out": "smoke", "models": "runs/models"}, " --out smoke --models runs/models"),
+        ({"out": "/home/me/runs/a run", "models": "/home/me/runs/models"}, " --out 'a run'"),
+        ({"out": "/home/me/x", "models": "/data/m", "zoo": "/data/z"}, " --out x --zoo z --models m"),
+        ({"models": "models"}, " --models models"),
+        ({"out": "x", "models": "models", "only": ["badnets *"]}, " --out x --only 'badnets *'"),
+    ],
+)
+def test_the_command_goes_on_with_the_run_where_it_lies(
+    tmp_path: Path, given: dict[str, Any], command: str
+) -> None:
+    make_run(tmp_path)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    given = {"suite": "/home/me/mine.toml", "zoo": "zoo", **given}
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "given": given, "data": "digits"}))
+    run = read_run(tmp_path)
+    assert run.command == f"unbackdoor bench mine.toml --size cpu{command}"
+    assert run.command_for(run.answers[0]).count("--only") == 1
+
+
 def test_draws_are_averaged_and_what_is_missing_is_said(tmp_path: Path) -> None:
     records: Records = [
         ("ours", purified(cell("badnets", "mnp", seed=seed), ca=ca, asr=asr))

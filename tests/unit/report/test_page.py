@@ -13,7 +13,7 @@ import pytest
 
 from unbackdoor.errors import InvalidInputError, MissingDependencyError
 from unbackdoor.report.documents import EvaluateDocument, PurifyDocument, ScanDocument
-from unbackdoor.report.page import chance, duration, evidence_rows, interval, number, percent, render
+from unbackdoor.report.page import LEFT_OUT, Deciding, deciding, render
 
 VOID = {"meta", "link", "img", "input", "br"}
 
@@ -134,6 +134,102 @@ def test_verdicts_are_words_and_never_safe(scan: ScanDocument, verdict: str) -> 
     assert "The attack success rate was not measured" in text
 
 
+def test_a_scan_that_measured_nothing_has_no_section_of_evidence(scan: ScanDocument) -> None:
+    nothing = without_plots(scan, verdict="inconclusive", detectors=())
+    page = render([nothing], title="Report")
+    _, text = read(page)
+    assert 'id="evidence"' not in page
+    assert 'href="#evidence"' not in page
+    assert "Deciding detectors" not in text
+    assert "Deciding detectors" in read(render([without_plots(scan)], title="Report"))[1]
+
+
+def test_of_two_scans_the_one_that_measured_nothing_says_why(scan: ScanDocument) -> None:
+    nothing = without_plots(scan, detectors=(), reason="The images are of another kind.")
+    _, text = read(render([nothing, without_plots(scan)], title="Report"))
+    assert "Not measured, because: The images are of another kind." in text
+    assert text.count("Not measured") == 1
+    assert "Not measured" not in read(render([nothing, nothing], title="Report"))[1]
+
+
+def test_a_detector_that_was_left_out_is_counted_and_named(scan: ScanDocument) -> None:
+    options = {"scan": {"deciding": ["collapse", "trigger_search"], "fast": True}}
+    row = scan.detectors[0].model_copy(update={"name": "collapse"})
+    fast = without_plots(scan, detectors=(row,), settings=options)
+    assert deciding(fast) == Deciding(1, 2, ("trigger inversion",))
+    assert (
+        "Deciding detectors that fired 1 of 2 trigger inversion left out"
+        in read(render([fast], title="R"))[1]
+    )
+    other = row.model_copy(update={"name": "trigger_search", "verdict": "clean"})
+    whole = without_plots(scan, detectors=(row, other), settings=options)
+    assert deciding(whole) == Deciding(1, 2)
+    assert "left out" not in read(render([whole], title="R"))[1]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scan": 1}, {"scan": {"deciding": "all"}}, {"scan": {"deciding": [1]}}]
+)
+def test_without_options_the_detectors_of_the_document_are_counted(
+    scan: ScanDocument, options: dict[str, object]
+) -> None:
+    assert deciding(without_plots(scan, settings=options)) == Deciding(2, 4)
+
+
+def test_what_can_be_left_out_is_called_as_elsewhere() -> None:
+    from unbackdoor.detect.evidence import KINDS
+
+    assert {name: KINDS[name] for name in LEFT_OUT} == LEFT_OUT
+
+
+def test_nested_values_are_shown_without_json(scan: ScanDocument, purify: PurifyDocument) -> None:
+    pytest.importorskip("matplotlib", exc_type=ImportError)
+    evidence = {
+        "standardised": {"norm": [0.5] * 10, "bias": [2.12345] + [0] * 9},
+        "refined": [{"target_class": 3, "l1_pixels": 1.8394}, {"target_class": 0, "l1_pixels": 26.3}],
+        "filters": {"of": {"which": [1, 2]}},
+    }
+    row = scan.detectors[0].model_copy(update={"evidence": evidence})
+    settings = {"scan": {"suppression": {"mu": 0.001, "unit": "epoch"}, "fast": False}, "seed": 0}
+    document = without_plots(scan, detectors=(row,), settings=settings)
+    passes = {"kinds": {"forward fp32": 742, "forward fp32 replayed": 8070}}
+    page = render([document, purify.model_copy(update={"passes": passes})], title="Report")
+    _, text = read(page)
+    for expected in (
+        "class norm bias 0 (airplane) 0.5 2.12 1 (automobile) 0.5 0",
+        "target class l1 pixels 3 (cat) 1.84 0 (airplane) 26.3",
+        "filters of which 1, 2",
+        "scan suppression mu 0.001 unit epoch fast no seed 0",
+        "kinds forward fp32 742 forward fp32 replayed 8,070",
+    ):
+        assert expected in text
+    assert "{" not in text
+    assert "[" not in text
+
+
+def test_a_method_is_introduced_with_its_source(purify: PurifyDocument) -> None:
+    bare = purify.model_copy(update={"walk": (), "layers": (), "removed": ()})
+    named = {"method_title": "Magnitude-based Neuron Pruning", "method_source": "arXiv 2405.17750"}
+    _, text = read(render([bare.model_copy(update=named)], title="Report"))
+    assert "Method Magnitude-based Neuron Pruning mnp ; arXiv 2405.17750" in text
+    assert "Source of the method arXiv 2405.17750" in text
+    _, text = read(render([bare], title="Report"))
+    assert "Method mnp Clean accuracy before" in text
+    assert "Source of the method" not in text
+
+
+def test_the_walk_names_all_limits_and_what_kept_each_filter(purify: PurifyDocument) -> None:
+    pytest.importorskip("matplotlib", exc_type=ImportError)
+    _, text = read(render([purify], title="Report"))
+    assert "if the loss on clean images rises too much" not in text
+    assert "or lower the accuracy by more than a share, or if it is of too little benefit" in text
+    assert "Kept because of" not in text
+    guard = {"per_filter": 0.02, "total": 10.0, "accuracy": 0.01, "benefit": 0.01}
+    _, text = read(render([purify.model_copy(update={"options": {"guard": guard}})], title="Report"))
+    assert "Kept because of" in text
+    assert "kept loss by this filter" in text
+
+
 def test_text_from_documents_is_escaped(
     scan: ScanDocument, purify: PurifyDocument, before: EvaluateDocument
 ) -> None:
@@ -243,56 +339,6 @@ def test_without_matplotlib_the_extra_is_named(scan: ScanDocument, monkeypatch: 
 def test_the_report_needs_no_torch() -> None:
     code = "import sys, unbackdoor.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
-
-
-def test_numbers_are_short() -> None:
-    assert percent(0.94118) == "94.1\u202f%"
-    assert percent(None) == "–"
-    assert [number(value) for value in (None, 0, 2.0, 4800, -0.4567, 1.23e-7, 1e300)] == [
-        "–",
-        "0",
-        "2",
-        "4,800",
-        "−0.457",
-        "1.23e-07",
-        "1e+300",
-    ]
-    assert [chance(value) for value in (None, 0.0, 0.0421, 1.0)] == [
-        "not calibrated",
-        "< 0.001",
-        "0.042",
-        "1.000",
-    ]
-    assert [duration(value) for value in (0.04, 9.94, 59.4, 200.2, 7260)] == [
-        "0.0 s",
-        "9.9 s",
-        "59 s",
-        "3 min 20 s",
-        "2 h 1 min",
-    ]
-
-
-def test_intervals_name_their_images(scan: ScanDocument) -> None:
-    assert interval(scan.clean_accuracy) == "91.8–95.9\u202f%, n = 500"
-
-
-def test_evidence_becomes_text_or_images(before: EvaluateDocument) -> None:
-    image = before.examples[0].clean_png
-    rows = evidence_rows(
-        {
-            "mask_png": image,
-            "fake_png": "not an image",
-            "top_classes": [1, 0.123456, "cat", None],
-            "nested": {"a": [0.1234567]},
-            "long": "x" * 5000,
-            "converged": True,
-            "empty": [],
-        }
-    )
-    assert (rows[0].name, rows[0].image, rows[0].text) == ("mask", image, "")
-    assert [row.text for row in rows[1:4]] == ["not an image", "1, 0.123, cat, –", '{"a": [0.123]}']
-    assert rows[4].text.endswith("… (5,000 characters in all)")
-    assert [row.text for row in rows[5:]] == ["yes", "none"]
 
 
 def test_extreme_documents_can_be_shown(scan: ScanDocument, purify: PurifyDocument) -> None:
