@@ -52,6 +52,9 @@ SIZES = (28, 32, 48, 64, 96, 128, 224)
 MOST_SHIFTED = 0.1
 """In standard deviations; see ``statistics_shift`` and benchmarks/image_shift.py."""
 
+SHIFTED = "Inside the network the images look unlike those"
+"""How the warning of moved statistics begins; what a scan compares with may not hold then."""
+
 ENOUGH_FOR_SHIFT = 50
 """With fewer images the shift is mostly noise."""
 
@@ -159,7 +162,7 @@ def _shift_warning(model: nn.Module, clean: LabelledImages) -> tuple[str, ...]:
     if not shift > MOST_SHIFTED:  # NaN: nothing to compare with
         return ()
     return (
-        "Inside the network the images look unlike those that it was trained on (means differ by "
+        f"{SHIFTED} that it was trained on (means differ by "
         f"{shift:.2f} standard deviations): they may be of another source, size, brightness or "
         "normalisation, or the network was changed after its training, as by pruning; the thresholds may not "
         "hold.",

@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 
-from unbackdoor.cli.work import price, refused_relearning, remaining_triggers, weak_evidence
+from unbackdoor import rng
+from unbackdoor.cli.work import _doubts, price, refused_relearning, remaining_triggers, weak_evidence
+from unbackdoor.detect import plausibility
 from unbackdoor.rates import Rate
+from unbackdoor.testing import planted_backdoor
 
 STEP = {"exposure": "inversion", "taken": True, "accuracy_of_the_suspect": 0.9, "accuracy": 0.8}
 
@@ -53,3 +56,17 @@ def test_a_purification_that_is_dear_is_warned_of() -> None:
     assert warning.startswith(
         "It cost 23.3 points of accuracy on 1000 images that the method did not see; give more"
     )
+
+
+def test_an_evaluation_does_not_warn_of_statistics_that_pruning_moved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planted = planted_backdoor(infected=False)
+    test = planted.clean_data(64, rng.generator(0))
+    assert _doubts(planted.model, test, 1.0, 1.0) == []
+    # With any shift at all counted, the scan's check warns, an evaluation does not.
+    monkeypatch.setattr(plausibility, "MOST_SHIFTED", -1.0)
+    assert plausibility.check_plausible(planted.model, test).warnings[0].startswith(plausibility.SHIFTED)
+    assert _doubts(planted.model, test, 1.0, 1.0) == []
+    (warning,) = _doubts(planted.model, test, 0.13, 0.86)
+    assert "right on 13.0% of these images, where the card of the attack claims 86.0%" in warning
