@@ -78,7 +78,7 @@ def _check_writable(out: Path) -> None:
         InvalidInputError: If that fails.
     """
     try:
-        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}."):
+        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=".unbackdoor-"):
             pass
     except OSError as error:
         raise InvalidInputError(
