@@ -12,9 +12,9 @@ from unbackdoor import rng
 from unbackdoor.cli.work import plain, png, rate, sentence
 from unbackdoor.detect.evidence import Evidence, finding
 from unbackdoor.detect.exposure import Exposure
-from unbackdoor.detect.scan import OTHER_COUNT, Scan, ScanResult
+from unbackdoor.detect.scan import Scan, ScanResult
 from unbackdoor.detect.trigger_search import RecoveredTrigger
-from unbackdoor.detect.verdict import limits_of
+from unbackdoor.detect.verdict import Ground, limits_of
 from unbackdoor.errors import MissingDependencyError
 from unbackdoor.report import documents as doc
 from unbackdoor.settings import configure
@@ -51,6 +51,8 @@ OTHER_IMAGES = (
     "scored with, as the warning says."
 )
 """The advice where clean models are there, but were scored with more or fewer images."""
+
+BY_GROUND: dict[Ground | None, str] = {"close": CLOSE, "unsuited": OTHER_IMAGES}
 
 
 def configured_scan(scan: Scan, settings: Sequence[str]) -> Scan:
@@ -107,14 +109,12 @@ def scan_document(
 
 def advice_on(result: ScanResult) -> str:
     """Say what to do next."""
-    if result.ground == "close":
-        return CLOSE
+    if (advice := BY_GROUND.get(result.ground)) is not None:
+        return advice
     deciding = [each.detection for each in result.evidence if each.decides]
     told = not any(each.undetermined for each in deciding)
     uncompared = told and any(each.p_value is None for each in deciding)
-    if result.verdict != "inconclusive" or not uncompared:
-        return ADVICE[result.verdict]
-    return OTHER_IMAGES if any(OTHER_COUNT in warning for warning in result.warnings) else UNCOMPARED
+    return UNCOMPARED if result.verdict == "inconclusive" and uncompared else ADVICE[result.verdict]
 
 
 def _detector_row(evidence: Evidence, clean: LabelledImages) -> doc.DetectorRow:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import nn
 
 from unbackdoor.errors import InvalidInputError
+from unbackdoor.models.normalise import NormalisedModel
 from unbackdoor.types import LabelledImages
 
 VERSION: Final = 2
@@ -127,11 +128,12 @@ class Kind(_Part):
     @staticmethod
     def of(model: nn.Module, images: LabelledImages, classes: int, *, architecture: str = "") -> Kind:
         """Describe ``model`` with its ``classes`` outputs, on such images."""
+        network = model.network if isinstance(model, NormalisedModel) else model
         parameters = list(model.parameters())
         first = next((tensor for tensor in parameters if tensor.ndim == 4), None)
         channels, height, width = images.images.shape[1:]
         return Kind(
-            architecture=architecture or type(getattr(model, "network", model)).__name__,
+            architecture=architecture or type(network).__name__,
             parameters=sum(tensor.numel() for tensor in parameters),
             width=None if first is None else len(first),
             num_classes=classes,

@@ -27,7 +27,6 @@ from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.detect.suspects import SuspectFilter, suspect_filters
 from unbackdoor.detect.trigger_search import FoundTriggers, RecoveredTrigger, TriggerSearch
 from unbackdoor.detect.verdict import (
-    NOBODY,
     Confidence,
     Ground,
     Judgement,
@@ -39,9 +38,6 @@ from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.settings import configure
 from unbackdoor.suppression import Suppression
 from unbackdoor.types import Detection, LabelledImages, ModelDetector, Progress, silent
-
-OTHER_COUNT = "does not hold for"
-"""In the warning that a calibration is of another number of images."""
 
 MOST_IMAGES_APART = 2.0
 """A calibration made with more or fewer images than the scan has, by this factor, does not apply."""
@@ -223,9 +219,9 @@ class Scan:
                 seconds=time.perf_counter() - started,
             )
         measured = self.measure(model, clean, generator=generator, progress=progress)
-        unsuited = calibration is None and any(OTHER_COUNT in warning for warning in warnings)
-        nobody = "the clean models at hand were scored with another number of images" if unsuited else NOBODY
-        result = self.conclude(measured, clean, calibration, plausibility, nobody)
+        # Those at hand that were left out, of the same kind or refused, differ in the number of images.
+        unsuited = calibration is None and self._at_hand(Kind.of(model, clean, classes)) is not None
+        result = self.conclude(measured, clean, calibration, plausibility, unsuited=unsuited)
         filters: tuple[SuspectFilter, ...] = ()
         if result.verdict != "clean":
             trigger = None if result.trigger is None else result.trigger.trigger
@@ -304,7 +300,8 @@ class Scan:
         clean: LabelledImages,
         calibration: CalibrationSet | None,
         plausibility: Plausibility,
-        nobody: str = NOBODY,
+        *,
+        unsuited: bool = False,
     ) -> ScanResult:
         """Compare what was measured with clean models and give a verdict.
 
@@ -313,12 +310,12 @@ class Scan:
             clean: The images that it was measured with.
             calibration: Scores of clean models of the same kind, or None.
             plausibility: From ``check_plausible``.
-            nobody: Why there is no calibration, if there is none; a clause.
+            unsuited: Whether there is a calibration that was made with too few or too many images.
         """
         joint = self.joint(measured.scores(), calibration)
         evidence = tuple(self._calibrated(each, calibration, joint) for each in measured.evidence)
         classes = len(measured.exposure.suppressed.confusion)
-        judgement = Judgement(evidence, joint, clean, classes, self.alpha, self.smallest_per_class, nobody)
+        judgement = Judgement(evidence, joint, clean, classes, self.alpha, self.smallest_per_class, unsuited)
         verdict, reason = judgement.verdict()
         suspect = judgement.suspect(verdict)
         target = None if suspect is None else suspect.detection.target_class
@@ -327,7 +324,7 @@ class Scan:
             reason=reason,
             plausibility=plausibility,
             ground=judgement.ground(),
-            confidence=confidence_of(calibration, joint, self.alpha, nobody),
+            confidence=confidence_of(calibration, joint, self.alpha, unsuited=unsuited),
             target_class=target,
             evidence=evidence,
             trigger=None if measured.triggers is None else measured.triggers.of(target),
@@ -378,12 +375,15 @@ class Scan:
             )
         return replace(evidence, detection=detection)
 
+    def _at_hand(self, kind: Kind) -> CalibrationSet | None:
+        return self.calibration or shipped_for(kind)
+
     def _calibration(
         self, model: nn.Module, clean: LabelledImages, classes: int
     ) -> tuple[CalibrationSet | None, tuple[str, ...]]:
         """Return the clean models to compare with, and what is weak about them."""
         kind = Kind.of(model, clean, classes)
-        found = self.calibration or shipped_for(kind)
+        found = self._at_hand(kind)
         if found is None:
             return None, (
                 f"No calibration comes with this package for {kind.words()}; make one with `unbackdoor "
@@ -469,8 +469,8 @@ class Scan:
 def _other_count(scored: int, given: int) -> str:
     fewest, most = math.ceil(scored / MOST_IMAGES_APART), math.floor(scored * MOST_IMAGES_APART)
     return (
-        f"The calibration was made with {scored} images and {OTHER_COUNT} {given}; give {fewest} to {most} "
-        "(--clean-count), or calibrate with as many as you have."
+        f"The calibration was made with {scored} images and does not hold for {given}; give {fewest} to "
+        f"{most} (--clean-count), or calibrate with as many as you have."
     )
 
 

@@ -15,12 +15,15 @@ from unbackdoor.types import LabelledImages
 
 Verdict = Literal["backdoored", "clean", "inconclusive"]
 
-Ground = Literal["too few images", "uncompared", "too few models", "far", "incomplete", "close", "nothing"]
+Ground = Literal[
+    "too few images", "uncompared", "unsuited", "too few models", "far", "incomplete", "close", "nothing"
+]
 """Why a verdict is what it is."""
 
 VERDICTS: dict[Ground, Verdict] = {
     "too few images": "inconclusive",
     "uncompared": "inconclusive",
+    "unsuited": "inconclusive",
     "too few models": "inconclusive",
     "far": "backdoored",
     "incomplete": "inconclusive",
@@ -29,7 +32,8 @@ VERDICTS: dict[Ground, Verdict] = {
 }
 
 NOBODY = "there are no clean models to compare with"
-"""The usual reason for a verdict without a false-positive rate."""
+UNSUITED = "the clean models at hand were scored with another number of images"
+"""Why a verdict has no false-positive rate, as clauses."""
 
 ROUNDING = 1e-12
 """P-values are ratios of small integers, and alpha a decimal fraction: equal ones may differ by this."""
@@ -110,7 +114,7 @@ class Judgement:
         classes: Outputs of the model.
         alpha: Largest false-positive rate, in (0, 1).
         smallest_per_class: With fewer images of any class of the model, no verdict is given.
-        nobody: Why there are no clean models to compare with, if there are none; a clause.
+        unsuited: Whether there are clean models that were scored with too few or too many images.
     """
 
     evidence: tuple[Evidence, ...]
@@ -119,7 +123,7 @@ class Judgement:
     classes: int
     alpha: float
     smallest_per_class: float
-    nobody: str = NOBODY
+    unsuited: bool = False
 
     def verdict(self) -> tuple[Verdict, str]:
         """Return the verdict and its reason, a sentence without a full stop."""
@@ -131,6 +135,8 @@ class Judgement:
         """Return what the verdict follows from."""
         if too_few_images(self.clean, self.classes, self.smallest_per_class):
             return "too few images"
+        if self.joint is None and self.unsuited:
+            return "unsuited"
         return ground_of(self.joint, complete=not self._missing(), alpha=self.alpha)
 
     def _reason(self, ground: Ground, missing: list[str]) -> str:
@@ -171,7 +177,8 @@ class Judgement:
         deciding = [each for each in self.evidence if each.decides]
         if all(each.detection.undetermined for each in deciding):
             return f"the scan cannot tell: {deciding[0].detection.undetermined}"
-        return f"{self.nobody}, so that no false-positive rate is known; by rules of thumb, {self._said()}"
+        nobody = UNSUITED if self.unsuited else NOBODY
+        return f"{nobody}, so that no false-positive rate is known; by rules of thumb, {self._said()}"
 
     def _missing(self) -> list[str]:
         """Say which required kinds of evidence there is nothing of."""
@@ -200,9 +207,9 @@ class Judgement:
 
 
 def confidence_of(
-    calibration: CalibrationSet | None, joint: Joint | None, alpha: float, nobody: str = NOBODY
+    calibration: CalibrationSet | None, joint: Joint | None, alpha: float, *, unsuited: bool = False
 ) -> Confidence:
-    """Say what a comparison with clean models guarantees; ``nobody`` as for ``Judgement``."""
+    """Say what a comparison with clean models guarantees; ``unsuited`` as for ``Judgement``."""
     if calibration is None or joint is None:
         return Confidence(
             p_value=None,
@@ -211,7 +218,7 @@ def confidence_of(
             origin="none",
             description="no clean models",
             smallest_rate=None,
-            guarantee=f"No false-positive rate is guaranteed: {nobody}.",
+            guarantee=f"No false-positive rate is guaranteed: {UNSUITED if unsuited else NOBODY}.",
         )
     if joint.smallest_p > alpha + ROUNDING:
         guarantee = f"The rate asked for is not guaranteed: {too_few(joint.n, alpha)}."
