@@ -43,6 +43,7 @@ def calibrate(
     settings: o.ScanSettings = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
+    jobs: o.Jobs = 1,
     force: bool = typer.Option(False, "--force", help="Begin anew where the file holds something else."),
     as_json: o.AsJson = False,
 ) -> None:
@@ -50,6 +51,7 @@ def calibrate(
 
     Use as many clean images as you will scan with, and the same --set options.
     """
+    from unbackdoor.bench.executors import executor_named
     from unbackdoor.cli import calibrating, console, inputs, show
     from unbackdoor.cli import surrogates as surrogates_of
     from unbackdoor.cli.scanning import configured_scan
@@ -87,7 +89,7 @@ def calibrate(
         options = inputs.ModelOptions(Path(), arch, num_classes, width, mean, std, normalize, device)
         files = calibrating.model_files(models or [])
         show.check_folder(out, *files)
-        entries = [calibrating.from_file(options, path) for path in files]
+        entries = [calibrating.CleanModel.from_file(options, path) for path in files]
         words = f"{arch} models of your own"
     plan = calibrating.Plan(
         out=out,
@@ -104,5 +106,6 @@ def calibrate(
         anew=force,
     )
     with console.progress_bar(hidden=as_json) as progress:
-        found = calibrating.calibrate(plan, entries, progress=progress, say=console.warn)
+        place = executor_named("pool" if jobs > 1 else "inline", jobs=jobs)
+        found = calibrating.calibrate(plan, entries, place, progress=progress, say=console.warn)
     show.calibration(found, out, as_json=as_json)

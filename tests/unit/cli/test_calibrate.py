@@ -174,6 +174,22 @@ def test_of_several_draws_the_highest_scores_count(
     assert "holds a calibration made with other options, models or images" in other.err
 
 
+def test_several_side_by_side_make_the_same_file(
+    run: Run, files: Files, honest: Path, tmp_path: Path
+) -> None:
+    broken = honest / "model0" / "broken.safetensors"
+    broken.write_bytes(b"no model")
+    models = (broken, honest / "model0" / "model.safetensors", honest / "model1" / "model.safetensors")
+    for jobs in (1, 2):
+        result = calibrate(run, files, *models, "--out", tmp_path / f"{jobs}.json", "--jobs", jobs)
+        assert result.code == 0, result.err
+        assert result.err.count("left out: ") == 1
+    assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
+    odd = calibrate(run, files, files.wants_half, "--out", tmp_path / "d.json", "--jobs", 2)
+    assert odd.code == 2
+    assert "no model can be used for a calibration: the model is right on only" in odd.err
+
+
 def test_a_detector_that_abstains_on_all_draws_has_no_score() -> None:
     draws = [{"a": None, "b": 0.1, "c": None}, {"a": -0.2, "b": 0.3, "c": None}]
     assert highest(draws) == {"a": -0.2, "b": 0.3, "c": None}
