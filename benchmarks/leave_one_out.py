@@ -1,6 +1,6 @@
 """What would a scan say of the clean models of a calibration, each compared with the others alone?
 
-    python benchmarks/leave_one_out.py results/trial-zoo-again/calibration.json
+    python benchmarks/leave_one_out.py src/unbackdoor/detect/calibrations/cifar10_resnet18_w16.json
 
 At most a share alpha of them can be flagged, whatever they score: that is how the threshold is made. What the
 table shows is which ones, and by which detector, so that one learns what a suspect must not be like.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from unbackdoor.bench.tables import markdown
 from unbackdoor.detect.calibration import CalibrationSet, read_calibration
-from unbackdoor.detect.evidence import REQUIRED
+from unbackdoor.detect.evidence import DECIDING, REQUIRED
 from unbackdoor.detect.joint import combine
 from unbackdoor.detect.verdict import VERDICTS, ground_of
 
@@ -23,7 +23,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("calibration", type=Path)
-    parser.add_argument("--deciding", nargs="+", default=(*REQUIRED, "recovery"))
+    parser.add_argument("--deciding", nargs="+", default=DECIDING)
     parser.add_argument("--alpha", type=float, default=0.05)
     options = parser.parse_args()
     print(leave_one_out(read_calibration(options.calibration), options.deciding, options.alpha))

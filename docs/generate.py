@@ -63,7 +63,7 @@ None sees a trigger, a poisoned image that is marked as one, or the attack succe
 checks keep it so. Scores are higher for what is more suspicious. A detector that cannot tell abstains, and says why.
 
 **In a scan.** [`unbackdoor scan`](../how-to/scan-a-model.md) runs `collapse`, `recovery`, `mnp`, `trigger-search` and `head-weights`.
-`collapse` and `trigger-search` decide, compared jointly with clean models ([why](../adr/0009-two-kinds-of-evidence-one-p-value.md)). Other
+`collapse`, `recovery` and `trigger-search` decide, compared jointly with clean models ([why](../adr/0009-two-kinds-of-evidence-one-p-value.md)). Other
 detectors of models are run and shown by `--detector NAME`.
 
 **Thresholds.** `calibration` takes the scores of clean models; a score is then flagged if its conformal p-value is at most

@@ -24,7 +24,7 @@ from unbackdoor import rng
 from unbackdoor.bench.store import Record
 from unbackdoor.bench.tables import markdown, percent
 from unbackdoor.detect.calibration import CalibrationSet, Kind, completed
-from unbackdoor.detect.evidence import REQUIRED
+from unbackdoor.detect.evidence import DECIDING, REQUIRED
 from unbackdoor.detect.joint import Joint, combine
 from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.detect.verdict import VERDICTS, Verdict, ground_of
@@ -322,7 +322,8 @@ def columns(
         clean = [model for model in here if model.is_clean]
         known, rest = ([], clean) if calibration else halves(clean)
         tested = [*rest, *(model for model in here if not model.is_clean)]
-        for detector, parts in _columns_of(here).items():
+        compared = DECIDING if calibration is None else tuple(filter(calibration.has, DECIDING))
+        for detector, parts in _columns_of(here, compared).items():
             if calibration is None:
                 rows = [_scores(model, parts) for model in known if set(parts) <= set(model.scores)]
             else:
@@ -337,13 +338,13 @@ def columns(
     return found
 
 
-def _columns_of(models: Sequence[Scored]) -> dict[str, tuple[str, ...]]:
+def _columns_of(models: Sequence[Scored], deciding: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Return each column's name with the detectors behind it; those of a scan have the same options."""
     asked: dict[str, tuple[str, ...]] = {name: (name,) for model in models for name in model.scores}
     for label in list(asked):
         given = label.removeprefix(REQUIRED[0])
-        parts = tuple(f"{name}{given}" for name in REQUIRED)
-        if _detector(label) == REQUIRED[0] and set(parts) <= set(asked):
+        parts = tuple(f"{name}{given}" for name in deciding if f"{name}{given}" in asked)
+        if _detector(label) == REQUIRED[0] and {_detector(part) for part in parts} >= set(REQUIRED):
             asked[f"{JOINT}{given}"] = parts
     return asked
 
@@ -407,9 +408,11 @@ def _outcome(
         return Outcome(model, "inconclusive", statistic=-math.inf, target=None, p_value=math.nan)
     joint = combine(calibration, scores, rate)
     leading = max(joint.scaled, key=lambda part: joint.scaled[part])
+    needed = [part for part in parts if len(parts) == 1 or _detector(part) in REQUIRED]
+    complete = all(scores[part] > -math.inf for part in needed)
     return Outcome(
         model,
-        _verdict(joint, complete=-math.inf not in scores.values(), alpha=rate, alone=len(parts) == 1),
+        _verdict(joint, complete=complete, alpha=rate, alone=len(parts) == 1),
         statistic=joint.scaled[leading] if len(parts) > 1 else scores[parts[0]],
         target=model.targets.get(leading),
         p_value=joint.p_value,

@@ -10,6 +10,9 @@ from unbackdoor.types import Detection, LabelledImages
 REQUIRED = ("collapse", "trigger_search")
 """Without both of these, which fail on different attacks, no model is called clean."""
 
+DECIDING = (*REQUIRED, "recovery")
+"""What a verdict follows from if nothing else is asked for, as far as clean models were scored by it."""
+
 KINDS = {
     "collapse": "unlearning exposure",
     "recovery": "unlearning exposure",

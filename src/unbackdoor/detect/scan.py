@@ -16,7 +16,7 @@ from unbackdoor.catalogue import dashed, find, name_of
 from unbackdoor.compute import check_fits
 from unbackdoor.detect.calibration import CalibrationSet, Kind, flags_allowed, shipped_for, threshold_from
 from unbackdoor.detect.collapse import Collapse
-from unbackdoor.detect.evidence import KINDS, OTHER, REQUIRED, Evidence
+from unbackdoor.detect.evidence import DECIDING, KINDS, OTHER, REQUIRED, Evidence
 from unbackdoor.detect.exposure import Exposure, Statistic, expose
 from unbackdoor.detect.head_weights import HeadWeights
 from unbackdoor.detect.joint import Joint, combine
@@ -106,11 +106,11 @@ class Scan:
     """Look for two independent kinds of evidence, and compare both with clean models at once.
 
     Suppression exposes backdoors that many training images carried, trigger inversion small patches, however
-    few carried them. Each misses what the other finds, so that neither alone says ``clean``. Their scores are
-    compared jointly with those of clean models of the same kind (see ``joint``): one p-value, whatever
-    depends on whatever. How much single filters give back of what suppression broke, MNP's correlation ratio
-    and the rows of the head are computed, shown, and do not decide unless ``deciding`` names them; nor do
-    ``others``.
+    few carried them. Each misses what the other finds, so that neither alone says ``clean``. Suppression is
+    read twice: to which class it drives the images, and how much single filters give back of what it broke.
+    The scores are compared jointly with those of clean models of the same kind (see ``joint``): one p-value,
+    whatever depends on whatever. MNP's correlation ratio and the rows of the head are computed, shown, and do
+    not decide unless ``deciding`` names them; nor do ``others``.
 
     ``backdoored``: p <= ``alpha``, which at most a share ``alpha`` of clean models meets.
     ``inconclusive``: p <= 2 ``alpha``; or there are too few images, no or too few clean models to compare
@@ -122,8 +122,8 @@ class Scan:
         statistic: Readings of magnitude and saliency.
         search: Options of the trigger search.
         fast: Leave the trigger search out; the model cannot be called clean then.
-        deciding: Detectors that decide, by name, in snake case or with dashes; ``collapse`` and
-            ``trigger_search`` are among them.
+        deciding: Detectors that decide, by name, in snake case or with dashes, of those that the clean models
+            were scored by; ``collapse`` and ``trigger_search`` are among them.
         alpha: Largest false-positive rate, in (0, 1).
         calibration: Clean models' scores; None takes what comes with the package for this kind of network.
         smallest_per_class: With fewer images of any class of the model, no verdict is given.
@@ -135,7 +135,7 @@ class Scan:
     statistic: Statistic = field(default_factory=Statistic)
     search: TriggerSearch = field(default_factory=TriggerSearch)
     fast: bool = False
-    deciding: tuple[str, ...] = REQUIRED
+    deciding: tuple[str, ...] = DECIDING
     alpha: float = 0.05
     calibration: CalibrationSet | None = None
     smallest_per_class: float = 5.0
@@ -352,6 +352,8 @@ class Scan:
         self, evidence: Evidence, calibration: CalibrationSet | None, joint: Joint | None
     ) -> Evidence:
         detection, name = evidence.detection, evidence.name
+        if joint is not None and name not in joint.p_values and name not in REQUIRED:
+            evidence = replace(evidence, decides=False)
         if calibration is None or detection.undetermined:
             return evidence
         if joint is not None and name in joint.p_values:
@@ -410,8 +412,8 @@ class Scan:
             return ()
         detectors = self.detectors()
         odd = [n for n in self.deciding if n in detectors and not calibration.fits(detectors[n])]
-        absent = [KINDS[name] for name in odd if not calibration.has(name)]
-        other = [KINDS[name] for name in odd if calibration.has(name)]
+        absent = [dashed(name) for name in odd if not calibration.has(name)]
+        other = [dashed(name) for name in odd if calibration.has(name)]
         sentences = []
         if absent:
             sentences.append(

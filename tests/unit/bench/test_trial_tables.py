@@ -286,6 +286,34 @@ def test_the_scan_follows_its_own_rule() -> None:
     assert row[7].startswith("1/3 [")
 
 
+def with_recovery(records: list[dict[str, Any]], **scores: float | None) -> list[dict[str, Any]]:
+    """Let recovery say 0 of all models but those named here."""
+    for each in records:
+        score = scores.get(each["key"].replace("-", "_"), 0.0)
+        each["detections"]["recovery"] = each["detections"]["collapse"] | {"score": score}
+    return records
+
+
+def test_recovery_decides_where_it_was_asked() -> None:
+    records = with_recovery(trial(), blend_00=0.5, badnets_01=None)
+    found = {column.detector: column for column in columns(scored(records))}
+    verdicts = {o.model.name: o.verdict for o in found["scan"].of(clean=False)}
+    # Blend is seen by nothing else, and the search abstained on it; without recovery the others suffice.
+    assert verdicts["blend-00"] == "backdoored"
+    assert verdicts["badnets-01"] == "backdoored"
+    assert verdicts["adaptive-magnitude-00"] == "clean"
+    # An abstention of recovery leaves the evidence complete.
+    records = with_recovery(trial(), adaptive_magnitude_00=None)
+    found = {column.detector: column for column in columns(scored(records))}
+    verdicts = {o.model.name: o.verdict for o in found["scan"].of(clean=False)}
+    assert verdicts["adaptive-magnitude-00"] == "clean"
+    # A calibration that knows nothing of it leaves it out.
+    calibration = calibration_file()
+    assert not calibration.has("recovery")
+    found = {column.detector: column for column in columns(scored(with_recovery(trial())), 0.05, calibration)}
+    assert "recovery" not in found
+
+
 def test_summaries_select_infected_models() -> None:
     scores: dict[str, float | None] = {"collapse": 9.0, "trigger_search": 0.0}
     all_to_all = record("badnets-a2a-00", "badnets", scores)

@@ -49,7 +49,7 @@ def test_a_bad_file_is_a_line_and_the_others_go_on(scan: Scan, files: Files, tmp
     assert lines[3].startswith(f"{files.twin}: inconclusive")
     # What both were warned of is said once, about no file.
     lacking = (
-        "warning: The calibration was made with other options of unlearning exposure than this scan uses"
+        "warning: The calibration was made with other options of collapse and recovery than this scan uses"
     )
     assert result.err.count(lacking) == 1
     documents = sorted((tmp_path / "out").glob("*.json"))

@@ -39,8 +39,9 @@ def test_scan_finds_the_planted_backdoor(run: Run, files: Files, tmp_path: Path)
     assert document["target_class"] == 3
     assert document["clean_accuracy"]["value"] == 1.0
     assert document["model"]["user_code"] is True
-    assert [row["name"] for row in document["detectors"] if row["decides"]] == ["collapse", "trigger_search"]
-    assert all(row["p_value"] == 0.05 for row in document["detectors"] if row["decides"])
+    deciding = [row for row in document["detectors"] if row["decides"]]
+    assert [row["name"] for row in deciding] == ["collapse", "recovery", "trigger_search"]
+    assert all(row["p_value"] == 0.05 for row in deciding)
     assert document["confidence"]["models"] == 19
     assert document["trigger"]["target_class"] == 3
     assert document["trigger"]["success"]["value"] >= 0.9

@@ -21,8 +21,9 @@ from unbackdoor.detect.calibration import (
     write_calibration,
 )
 from unbackdoor.detect.collapse import Collapse
-from unbackdoor.detect.evidence import REQUIRED
+from unbackdoor.detect.evidence import DECIDING
 from unbackdoor.detect.mnp import CorrelationRatio
+from unbackdoor.detect.recovery import Recovery
 from unbackdoor.detect.trigger_search import TriggerSearch
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.models import NormalisedModel, build
@@ -197,10 +198,10 @@ def test_shipped_calibrations_fit_the_detectors_as_they_are() -> None:
     assert shipped
     for calibration in shipped:
         assert calibration.origin == "shipped"
-        # Both kinds of evidence, of enough models for 5 %: otherwise no scan could ever say clean.
-        for detector in (Collapse(), TriggerSearch()):
+        # All that decides, of enough models for 5 %: otherwise no scan could ever say clean.
+        for detector in (Collapse(), Recovery(), TriggerSearch()):
             assert calibration.fits(detector)
             alone = calibration.of(detector)
             assert alone is not None
             alone.threshold(0.05)
-        assert len(calibration.rows(REQUIRED)) >= 19
+        assert len(calibration.rows(DECIDING)) >= 19

@@ -13,7 +13,7 @@ from torch import nn
 from unbackdoor import rng
 from unbackdoor.cli.scanning import OTHER_IMAGES, advice_on
 from unbackdoor.detect.calibration import CalibrationSet, Kind, ScoredModel, options_of
-from unbackdoor.detect.evidence import REQUIRED, Evidence
+from unbackdoor.detect.evidence import DECIDING, Evidence
 from unbackdoor.detect.mm_bd import MaximumMargin
 from unbackdoor.detect.nc import TriggerSize
 from unbackdoor.detect.plausibility import Plausibility
@@ -49,12 +49,12 @@ def images(count: int = 160) -> LabelledImages:
     return planted().clean_data(count, rng.generator(1))
 
 
-def calibrated(scan: Scan, collapse: float, search: float, count: int = 160) -> Scan:
-    """Return ``scan`` with nineteen clean models around these scores."""
+def calibrated(scan: Scan, collapse: float, search: float, count: int = 160, recovery: float = 2.0) -> Scan:
+    """Return ``scan`` with nineteen clean models around these scores; no model recovers by more than 1."""
     clean = images(count)
     scores = {
         "collapse": collapse,
-        "recovery": 0.2,
+        "recovery": recovery,
         "trigger_search": search,
         "mnp": 0.0,
         "head_weights": 1.0,
@@ -101,8 +101,8 @@ def test_a_planted_backdoor_is_found_with_everything_a_report_needs() -> None:
         "trigger_search",
         "head_weights",
     ]
-    assert [each.decides for each in result.evidence] == [True, False, False, True, False]
-    for each in (result.evidence[0], result.evidence[3]):
+    assert [each.decides for each in result.evidence] == [True, True, False, True, False]
+    for each in (result.evidence[0], result.evidence[1], result.evidence[3]):
         assert each.detection.p_value is not None
         assert "made for this test" in each.detection.threshold_source
     assert result.confidence is not None
@@ -112,6 +112,39 @@ def test_a_planted_backdoor_is_found_with_everything_a_report_needs() -> None:
     # The planted filters lead the list of suspects.
     assert {(each.layer, each.filter) for each in result.filters[:2]} <= planted().guilty
     assert result.warnings == ()
+
+
+@cache
+def measured_once(*, infected: bool) -> Measured:
+    return SCAN.measure(planted(infected=infected).model, images(), generator=rng.generator(0))
+
+
+def concluded(scan: Scan, *, infected: bool = True) -> ScanResult:
+    found = measured_once(infected=infected)
+    return scan.conclude(found, images(), scan.calibration, Plausibility(Rate(1, 1)))
+
+
+def test_recovery_alone_flags_a_model_that_the_others_pass() -> None:
+    assert concluded(calibrated(SCAN, 9.0, 9.0)).verdict == "clean"
+    scan = calibrated(SCAN, 9.0, 9.0, recovery=0.1)
+    result = concluded(scan)
+    assert (result.verdict, result.target_class) == ("backdoored", 3)
+    assert "give back" in result.reason
+    assert concluded(scan, infected=False).verdict == "clean"
+
+
+def test_recovery_decides_only_where_clean_models_were_scored_by_it() -> None:
+    scan = calibrated(SCAN, 0.3, 9.0, recovery=0.1)
+    assert scan.calibration is not None
+    older = tuple(
+        model.model_copy(update={"scores": {n: s for n, s in model.scores.items() if n != "recovery"}})
+        for model in scan.calibration.models
+    )
+    scan = replace(scan, calibration=scan.calibration.model_copy(update={"models": older}))
+    result = concluded(scan)
+    assert [each.name for each in result.evidence if each.decides] == ["collapse", "trigger_search"]
+    assert (result.verdict, result.target_class) == ("backdoored", 3)
+    assert "has no scores of recovery" in " ".join(scan.foreseen(planted().model, images()))
 
 
 def test_what_does_not_decide_is_calibrated_by_itself() -> None:
@@ -227,7 +260,7 @@ def test_a_calibration_with_other_options_or_images_does_not_apply() -> None:
     scan = calibrated(FAST, 0.3, 0.0)
     result = scanned(replace(scan, suppression=Suppression(budget=61)), planted().model, images())
     assert result.verdict == "inconclusive"
-    assert "made with other options of unlearning exposure" in " ".join(result.warnings)
+    assert "made with other options of collapse and recovery" in " ".join(result.warnings)
     result = scanned(calibrated(FAST, 0.3, 0.0, count=320), planted().model, images(80))
     assert result.verdict == "inconclusive"
     assert "made with 320 images and does not hold for 80; give 160 to 640" in result.warnings[0]
@@ -397,7 +430,7 @@ def test_other_detectors_take_options() -> None:
 def test_deciding_detectors_are_named_with_dashes_or_as_in_python() -> None:
     written = ("trigger-search", "Head-Weights", "collapse", "trigger_search")
     assert Scan(deciding=written).deciding == ("trigger_search", "head_weights", "collapse")
-    assert Scan(deciding=REQUIRED) == Scan()
+    assert Scan(deciding=DECIDING) == Scan()
     scan = configure(Scan(), ["deciding=collapse,trigger-search,head-weights"])
     assert scan.deciding == ("collapse", "trigger_search", "head_weights")
     with pytest.raises(
