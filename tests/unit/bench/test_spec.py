@@ -73,5 +73,5 @@ def test_what_is_no_specification_is_refused(tmp_path: Path, text: str, sentence
 def test_the_specifications_of_the_project_can_be_read() -> None:
     root = Path(__file__).parents[3]
     benchmarks = root / "benchmarks"
-    for path in (root / "zoo/zoo.toml", benchmarks / "imagenet12.toml", benchmarks / "more_infected.toml"):
+    for path in (root / "zoo/zoo.toml", benchmarks / "imagenet12.toml", benchmarks / "more_models.toml"):
         assert jobs(read_spec(path), "data", Path("out"))
