@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -29,6 +30,9 @@ results = Patient(highlight=False, soft_wrap=True)
 UNBOUNDED = 100_000
 """Characters a line where there is no terminal, whose width would cut nothing off."""
 
+QUIET_SECONDS = 30.0
+"""Where there is no terminal, progress is said no more often than this; short work says nothing."""
+
 
 def note(text: str) -> None:
     """Print a line that is not a result."""
@@ -42,9 +46,9 @@ def warn(text: str) -> None:
 
 @contextmanager
 def progress_bar(*, hidden: bool) -> Iterator[ProgressCall]:
-    """Show one bar a stage while the block runs, on a terminal; elsewhere nothing."""
+    """Show one bar a stage while the block runs, on a terminal; elsewhere a line now and then."""
     if hidden or not notes.is_terminal:
-        yield silent
+        yield silent if hidden else progress_lines()
         return
     columns = (
         TextColumn("{task.description:<20}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
@@ -62,6 +66,20 @@ def progress_bar(*, hidden: bool) -> Iterator[ProgressCall]:
             bars.update(task, completed=done, total=total)  # type: ignore[arg-type]
 
         yield show
+
+
+def progress_lines(clock: Callable[[], float] = time.monotonic) -> ProgressCall:
+    """Return what says in a line how far work is, but only if for ``QUIET_SECONDS`` it has said nothing."""
+    said = clock()
+
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal said
+        now = clock()
+        if now - said >= QUIET_SECONDS:
+            said = now
+            note(f"{stage}: {done} of {total}")
+
+    return show
 
 
 def print_table(table: Table, *, whole: bool = False) -> None:
