@@ -232,3 +232,16 @@ def test_surrogates_are_trained_once_and_go_on(
         other = run(*common, *change, "--force")
         assert other.code == 2
         assert "holds a surrogate that was trained with other options" in other.err
+
+
+def test_surrogates_trained_side_by_side_make_the_same_file(run: Run, tmp_path: Path) -> None:
+    for jobs in (1, 2):
+        result = run(
+            "calibrate", "--arch", "resnet10", "--width", 4, "--clean", "digits", "--image-size", 8,
+            "--surrogates", 2, "--epochs", 3, "--out", tmp_path / f"{jobs}.json", "--clean-count", 100,
+            "--set", "suppression.budget=5", "--set", "search.first.steps=2",
+            "--set", "search.second.steps=2", "--jobs", jobs,
+        )  # fmt: skip
+        assert result.code == 0, result.err
+    assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
+    assert len(read_calibration(tmp_path / "2.json").models) == 2
