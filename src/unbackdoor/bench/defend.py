@@ -232,6 +232,21 @@ def settings_of(method: Any) -> dict[str, str]:  # noqa: ANN401 - one of many da
     return {path: value for path, value in found.items() if later.get(path) != value}
 
 
+def is_older(cell: Mapping[str, Any]) -> bool:
+    """Say whether the same method, options and paper mean something else today than when a cell was made.
+
+    Args:
+        cell: As ``Cell.describe`` returns it.
+    """
+    task = str(cell.get("task", "purify"))
+    try:
+        method = configured(task, str(cell["method"]), bool(cell.get("paper")), cell.get("options", {}))
+    except InvalidInputError:
+        return True
+    asked = dict(cell.get("settings", {})), int(cell.get("method_version", 1))
+    return asked != (settings_of(method), version_of(type(method)))
+
+
 def run(
     bench: Answering[Asked],
     cells: Iterable[Asked],

@@ -123,6 +123,8 @@ def carry_out(
             place,
             title="questions that answer others as well",
             retry=again,
+            # Another runner's answer to a wider question would answer the narrow one here, too.
+            wait=WAIT,
         )
         take_answers(cells, store, store.records())
     tally = _drive(cells, laboratory, store, place, title="questions", retry=again)
@@ -177,14 +179,24 @@ def take_answers(cells: Sequence[Cell], store: Store, found: Mapping[str, Record
     """
     there, taken = store.records(), 0
     for cell in cells:
-        for one in (cell, *cell.wider()):
-            record = found.get(one.key)
-            if cell.key in there or record is None or record["status"] == "failed":
-                continue
-            store.add(record if one == cell else cell.narrowed(record))
-            taken += 1
-            break
+        record = _answer_to(cell, found)
+        if record is None or cell.key in there:
+            continue
+        with store.claim(cell.key) as mine:
+            # Whoever holds it answers it, or is taking over the same answer.
+            if mine and cell.key not in (there := store.records()):
+                store.add(record)
+                taken += 1
     return taken
+
+
+def _answer_to(cell: Cell, found: Mapping[str, Record]) -> Record | None:
+    """Return the answer to ``cell``, or that in the answer to a wider one; None where all failed."""
+    for one in (cell, *cell.wider()):
+        record = found.get(one.key)
+        if record is not None and record["status"] != "failed":
+            return record if one == cell else cell.narrowed(record)
+    return None
 
 
 def _checked_data(suite: Suite, data: str) -> tuple[str, str]:

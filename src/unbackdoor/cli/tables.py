@@ -22,6 +22,7 @@ def tables(
     form: Form = typer.Option(Form.MARKDOWN, "--format", help="What is printed."),
 ) -> None:
     """Print the tables of a run; write them in Markdown, LaTeX and CSV, the figures, and index.html."""
+    from unbackdoor.bench.defend import is_older
     from unbackdoor.cli import console
     from unbackdoor.errors import InvalidInputError
     from unbackdoor.report.bench_page import write_run
@@ -29,7 +30,7 @@ def tables(
     from unbackdoor.report.tables import comma_separated, latex, markdown
 
     folder = out or run
-    found = read_run(run)
+    found = read_run(run, is_older)
     try:
         written = write_run(found, folder)
     except OSError as error:

@@ -29,6 +29,11 @@ STATES = ("ok", "refused", "failed", "missing")
 CIRCUMSTANCES = ("created", "unbackdoor", "git", "torch", "python", "device")
 """What of a record says under which it came about."""
 
+OLDER_LONG = (
+    "Asked with defaults of an earlier version: the command below asks with today's. All options of this "
+    "answer stand at the end."
+)
+
 LONGEST_TEXT = 4000
 """Longer messages are cut in the page; the records have them in full."""
 
@@ -145,6 +150,7 @@ def _details(run: Run, answer: Answer) -> dict[str, Any]:
     return {
         "title": f"{answer.model}: {answer.label}",
         "status": answer.status,
+        "older": OLDER_LONG if answer.older else "",
         "problem": str(record.get("problem", ""))[:LONGEST_TEXT],
         "command": run.command_for(answer),
         "rates": {
@@ -216,7 +222,9 @@ def _embedded(content: object) -> str:
     return text.replace("<", "\\u003c")
 
 
-def _sort_value(values: Sequence[float]) -> str:
-    """Return the number that a cell is sorted by: the last of its parts, such as ASR of CA / ASR."""
+def _sort_value(values: Sequence[float], parts: Sequence[str]) -> str:
+    """Return the number that a cell is sorted by: its ASR, or the last of its parts where it has none."""
     known = [value for value in values if not math.isnan(value)]
+    if len(values) == len(parts) and "ASR" in parts and not math.isnan(rate := values[parts.index("ASR")]):
+        return f"{rate:.6g}"
     return f"{known[-1]:.6g}" if known else ""

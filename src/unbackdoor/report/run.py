@@ -30,6 +30,7 @@ class Answer:
         cell: What was asked.
         record: The answer, or None yet.
         name: What the suite calls the options that were set; empty if it does not.
+        older: Whether today's version would ask something else in these words, since defaults have changed.
     """
 
     key: str
@@ -37,6 +38,7 @@ class Answer:
     cell: Mapping[str, Any]
     record: Record | None
     name: str = ""
+    older: bool = False
 
     @property
     def status(self) -> str:
@@ -57,6 +59,11 @@ class Answer:
     def method(self) -> str:
         """Name of the method, in snake_case."""
         return str(self.cell["method"])
+
+    @property
+    def images(self) -> int:
+        """Clean images that the method got."""
+        return int(self.cell["clean_images"])
 
     @property
     def task(self) -> str:
@@ -168,8 +175,12 @@ def _place(path: Path | str) -> str:
     return Path(path).name if Path(path).is_absolute() else str(path)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, older: Callable[[Mapping[str, Any]], bool] = lambda cell: False) -> Run:
     """Read a run.
+
+    Args:
+        folder: As ``unbackdoor bench --out`` wrote it.
+        older: Says of a cell whether it was asked with defaults of an earlier version; by default of none.
 
     Raises:
         InvalidInputError: If the folder holds none.
@@ -189,7 +200,10 @@ def read_run(folder: Path) -> Run:
             "`unbackdoor bench --out` wrote."
         ) from error
     records = Store(folder / RECORDS).records()
-    answers = [Answer(key, parts, cell, records.get(key), name) for key, (parts, cell, name) in cells.items()]
+    answers = [
+        Answer(key, parts, cell, records.get(key), name, older(cell))
+        for key, (parts, cell, name) in cells.items()
+    ]
     trainings = [record for record in records.values() if record.get("kind") == "training"]
     return Run(plan, tuple(answers), tuple(trainings))
 

@@ -16,7 +16,7 @@ from unbackdoor.attacks import BadNets
 from unbackdoor.bench import zoo
 from unbackdoor.bench.artefact import save_clean, save_infected
 from unbackdoor.bench.cell import Cell
-from unbackdoor.bench.defend import Bench, cell_of, line_of, run
+from unbackdoor.bench.defend import Bench, cell_of, is_older, line_of, run
 from unbackdoor.bench.detecting import area, training_set
 from unbackdoor.bench.recording import series
 from unbackdoor.bench.saliency import triggered
@@ -64,6 +64,14 @@ def test_a_cell_spells_out_what_decides_its_result(bench: Bench) -> None:
     assert other.settings["u"] == "2"
     assert one.key != other.key
     assert one.key == cell(bench, "badnets", "CLP").key
+
+
+def test_a_cell_of_other_defaults_is_older(bench: Bench) -> None:
+    asked = cell(bench, "badnets", "clp", u="2").describe()
+    assert not is_older(asked)
+    assert is_older({**asked, "settings": {**asked["settings"], "u": "5"}})
+    assert is_older({**asked, "method_version": 0})
+    assert is_older({**asked, "method": "a_method_that_was_taken_out"})
 
 
 def test_a_record_holds_what_was_asked_measured_and_spent(bench: Bench) -> None:

@@ -3,14 +3,18 @@ from __future__ import annotations
 import io
 import json
 import os
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from toy import Number
+from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.runner import Tally
+from unbackdoor.bench.store import Record, Store
 from unbackdoor.cli import console
+from unbackdoor.cli.benching import take_answers
 from unbackdoor.cli.display import Display, summary
 from unbackdoor.report.run import read_run
 
@@ -151,6 +155,30 @@ def test_an_answer_with_a_measurement_more_answers_the_question_without_it(
     suite.write_text(asked)
     (first / "records.jsonl").write_text(json.dumps({**wide, "cell": {}}) + "\n")
     assert "1 answers taken over" in run("bench", suite, "--out", second, "--reuse", first).err
+
+
+def _take(path: Path, cells: list[Cell], found: dict[str, Record]) -> None:
+    take_answers(cells, Store(path), found)
+
+
+def test_two_runners_take_an_answer_over_once(tmp_path: Path) -> None:
+    cells = [Cell(str(number), "ab", "digits", "clp") for number in range(60)]
+    found: dict[str, Record] = {
+        cell.key: {"key": cell.key, "status": "failed" if cell.model == "7" else "ok"} for cell in cells
+    }
+    path = tmp_path / "records.jsonl"
+    # One that somebody is working on is left to them.
+    with Store(path).claim(cells[3].key) as mine:
+        assert mine
+        runners = [get_context("fork").Process(target=_take, args=(path, cells, found)) for _ in range(3)]
+        for runner in runners:
+            runner.start()
+        for runner in runners:
+            runner.join()
+            assert runner.exitcode == 0
+    keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
+    assert len(keys) == len(set(keys))
+    assert set(keys) == {cell.key for cell in cells if cell.model not in ("3", "7")}
 
 
 def test_suites_are_listed(run: Run) -> None:

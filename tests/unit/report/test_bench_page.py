@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from unbackdoor.report import bench_page
 from unbackdoor.report.bench_page import render, write_run
 from unbackdoor.report.layouts.suites import figures_of, tables_of
 from unbackdoor.report.run import read_run
@@ -98,3 +99,13 @@ def test_what_records_say_cannot_become_markup(tmp_path: Path) -> None:
     assert details["k1"]["log"] == [evil]
     written = write_run(run, tmp_path / "out")
     assert all(path.parent.parent == tmp_path / "out" for path in written.files)
+
+
+def test_columns_are_sorted_by_the_attack_success() -> None:
+    nan = float("nan")
+    assert bench_page._sort_value((80.0, 3.0, 70.0), ("CA", "ASR", "RA")) == "3"
+    assert bench_page._sort_value((1.0, 90.0), ("ASR", "retuned")) == "1"
+    # A clean model has no ASR.
+    assert bench_page._sort_value((80.0, nan), ("CA", "ASR")) == "80"
+    assert bench_page._sort_value((2.0, 5.0), ("forward", "backward")) == "5"
+    assert bench_page._sort_value((), ("CA", "ASR")) == bench_page._sort_value((nan,), ("s",)) == ""

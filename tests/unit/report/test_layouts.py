@@ -16,7 +16,7 @@ from unbackdoor.report.layouts.defences import stability_tables
 from unbackdoor.report.layouts.filters import clouds, rank_correlation
 from unbackdoor.report.layouts.suites import LAYOUTS, figures_of, tables_of
 from unbackdoor.report.run import Run, read_run
-from unbackdoor.report.tables import Table, comma_separated, shown
+from unbackdoor.report.tables import Table, comma_separated, markdown, shown
 
 from .runs import cell, detected, make_run, purified, rate, write
 
@@ -140,13 +140,65 @@ def test_draws_without_a_result_are_said_and_win_nothing(tmp_path: Path) -> None
         "failed, refused",
     ]
     assert rows(grid)["Average", "measured"][1] == "85.00 / 0.00 (1 of 3)"
-    assert [entry.best for entry in grid.rows[0]] == [False, False, False, False, True, False]
+    # Whoever lacks results could have the lowest mean with them.
+    assert not any(entry.best for entry in grid.rows[0])
     assert grid.rows[0][3].keys == ("k0", "k1", "k2")
     assert "2 of 8 questions were refused; their records say why." in grid.notes
     assert "2 of 8 questions ended in a failure; their records say why." in grid.notes
     lines = comma_separated(grid).splitlines()
     assert lines[0].endswith(",CLP ASR,remarks")
     assert lines[1].endswith(',85,0,84,10,"failed, refused","failed, refused",MNP: 1 of 3')
+
+
+def test_the_lowest_is_marked_where_nobody_else_could_win(tmp_path: Path) -> None:
+    missing: dict[str, Any] = {"cell": cell("badnets", "clp"), "status": "missing"}
+    records: Records = [
+        ("ours", purified(cell("badnets", "mnp"), ca=0.85, asr=0.0)),
+        ("ours", purified(cell("badnets", "ft"), ca=0.84, asr=0.1)),
+    ]
+    cases: tuple[tuple[Records, bool], ...] = (
+        ([], True),
+        ([("ours", missing)], False),
+        ([("ours", {**missing, "status": "refused"})], True),
+    )
+    for number, (more, won) in enumerate(cases):
+        grid = tables_of(run_of(tmp_path / str(number), "table1", records + more))[0]
+        assert [entry.best for entry in grid.rows[0][3:5]] == [won, False]
+
+
+def test_answers_of_earlier_defaults_are_marked(tmp_path: Path) -> None:
+    records: Records = [
+        ("ours", purified(cell("badnets", "mnp"), ca=0.85, asr=0.0)),
+        ("ours", purified(cell("badnets", "ft"), ca=0.84, asr=0.1)),
+    ]
+    write(tmp_path, "table1", records)
+    run = read_run(tmp_path, lambda asked: asked["method"] == "mnp")
+    grid, summary = tables_of(run)
+    assert rows(grid)["BadNets", "measured"][1:] == ["85.00 / 0.00 (earlier default)", "84.00 / 10.00"]
+    assert rows(summary)["mnp",][1] == "0.00 (earlier default)"
+    assert "Of earlier defaults, as their options say: MNP. The command asks with today's." in grid.notes
+    assert [answer.older for answer in run.answers] == [True, False]
+    assert "earlier" not in markdown(tables_of(read_run(tmp_path))[0])
+
+
+def test_numbers_of_clean_images_are_not_averaged_over(tmp_path: Path) -> None:
+    records: Records = [
+        ("mine", purified(cell("badnets", "clp", clean_images=images), ca=0.8, asr=success))
+        for images, success in ((50, 0.9), (500, 0.1))
+    ]
+    grid, summary = tables_of(run_of(tmp_path, "", records))
+    assert [column.title for column in grid.columns[3:]] == ["CLP [50 images]", "CLP [500 images]"]
+    assert rows(grid)["BadNets", "measured"][1:] == ["80.00 / 90.00", "80.00 / 10.00"]
+    assert list(rows(summary)) == [("clp, 500 images",), ("clp, 50 images",)]
+
+
+def test_a_summary_says_how_many_answers_it_rests_on(tmp_path: Path) -> None:
+    records: Records = [
+        ("mine", purified(cell("badnets", "clp"), ca=0.8, asr=0.2)),
+        ("mine", {"cell": cell("blend", "clp"), "status": "missing"}),
+    ]
+    summary = tables_of(run_of(tmp_path, "", records))[1]
+    assert rows(summary)["clp",][1] == "20.00 (1 of 2)"
 
 
 def test_each_table_says_what_its_own_means_are_over(tmp_path: Path) -> None:

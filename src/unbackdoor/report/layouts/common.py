@@ -13,6 +13,7 @@ from unbackdoor.report.tables import Column, Entry
 RATES = ("CA", "ASR")
 NAN = float("nan")
 NOT_TAKEN = " (attack did not take)"
+OLDER = "earlier default"
 
 TITLES = {
     "none": "No defence",
@@ -88,10 +89,12 @@ def effect(answers: Sequence[Answer], when: str = "after", rates: Sequence[str] 
     names = {"CA": "clean_accuracy", "ASR": "attack_success", "RA": "robust_accuracy"}
     done = [answer for answer in answers if answer.ok]
     if not done:
-        states = {answer.status for answer in answers} - {"missing"}
-        return Entry(text=", ".join(sorted(states)), keys=keys_of(answers))
+        states = [answer.status for answer in answers]
+        words = ", ".join(sorted(set(states) - {"missing"}))
+        return Entry(text=words, keys=keys_of(answers), asked=states.count("missing"))
     values = tuple(mean(answer.rate(names[rate], when) for answer in done) for rate in rates)
-    return Entry(values, keys=keys_of(answers), done=len(done), asked=len(answers))
+    mark = OLDER if when == "after" and any(answer.older for answer in done) else ""
+    return Entry(values, keys=keys_of(answers), done=len(done), asked=len(answers), mark=mark)
 
 
 def keys_of(answers: Iterable[Answer]) -> tuple[str, ...]:
@@ -111,17 +114,18 @@ def average(entries: Iterable[Entry]) -> Entry:
     if not rows or any(not row or any(map(math.isnan, row)) for row in rows):
         return Entry()
     means = tuple(statistics.mean(part) for part in zip(*rows, strict=True))
-    return Entry(means, done=sum(e.done for e in listed), asked=sum(e.asked for e in listed))
+    mark = OLDER if any(e.mark == OLDER for e in listed) else ""
+    return Entry(means, done=sum(e.done for e in listed), asked=sum(e.asked for e in listed), mark=mark)
 
 
 def mark_lowest(entries: Sequence[Entry], part: int = 1) -> list[Entry]:
-    """Mark the entries whose number of a part is the lowest, of those that lack no result."""
-    whole = [len(e.values) > part and e.done == e.asked for e in entries]
-    values = [e.values[part] for e, counts in zip(entries, whole, strict=True) if counts]
+    """Mark the entries whose number of a part is the lowest; none where one could still win."""
+    if any(entry.done < entry.asked for entry in entries):
+        return list(entries)
+    values = [entry.values[part] for entry in entries if len(entry.values) > part]
     lowest = min((value for value in values if not math.isnan(value)), default=NAN)
     return [
-        replace(e, best=True) if counts and e.values[part] == lowest else e
-        for e, counts in zip(entries, whole, strict=True)
+        replace(e, best=True) if len(e.values) > part and e.values[part] == lowest else e for e in entries
     ]
 
 
@@ -154,7 +158,8 @@ def draws(run: Run, answers: Sequence[Answer]) -> str:
     return (
         f"{run.plan['size_text']} Means over seeds {', '.join(map(str, seeds))} of draw and method, "
         f"{' or '.join(map(str, images))} clean images, {measured}; per cent. Where some of these gave no "
-        "result, brackets say how many did, and nothing is in bold."
+        "result, brackets say how many did. The lowest ASR is in bold, unless one that lacks results could "
+        "still win."
     )
 
 
@@ -166,6 +171,11 @@ def share_done(run: Run, answers: Sequence[Answer]) -> tuple[str, ...]:
     for state, words in (("refused", "were refused"), ("failed", "ended in a failure")):
         if count[state]:
             notes.append(f"{count[state]} of {total} questions {words}; their records say why.")
+    older = list(dict.fromkeys(title_of(a.method) for a in answers if a.older and a.ok))
+    if older:
+        notes.append(
+            f"Of earlier defaults, as their options say: {', '.join(older)}. The command asks with today's."
+        )
     absent = run.plan.get("missing_models", [])
     notes += [f"Models not trained yet: {', '.join(absent)}."] if absent else []
     weak = list(dict.fromkeys(answer.model for answer in answers if not answer.took))

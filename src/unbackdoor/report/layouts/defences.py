@@ -11,6 +11,7 @@ from unbackdoor.bench.tables import summaries
 from unbackdoor.report.layouts.common import (
     COSTS,
     NAN,
+    OLDER,
     RATES,
     average,
     costs,
@@ -31,22 +32,32 @@ from unbackdoor.report.published import paper
 from unbackdoor.report.run import Answer, Run, grouped, only
 from unbackdoor.report.tables import Column, Entry, Table
 
+RANKS = (
+    "Brackets behind ASR left say how many of a method's questions have a result; places are among the "
+    "methods with a result on the same model, so that ranks of methods with unlike brackets do not compare."
+)
+
 
 def summary_table(run: Run, answers: Sequence[Answer], *, name: str, title: str) -> Table:
     """Return what each method does over all models, the lowest ASR first."""
+    several = len({answer.images for answer in answers}) > 1
+    by_label = grouped(answers, lambda a: a.label + (f", {a.images} images" if several else ""))
     records = [
-        a.record | {"cell": dict(a.cell)} | ({"label": a.label} if a.name else {})
-        for a in answers
+        a.record | {"cell": dict(a.cell), "label": label}
+        for label, group in by_label.items()
+        for a in group
         if a.record is not None
     ]
     rows = []
     for s in sorted(summaries(records), key=lambda s: (s.success != s.success, s.success)):
         rates = (s.success, s.worst, s.robust, s.accuracy_lost, s.accuracy_lost_clean)
+        first, *others = (number(100 * value) for value in rates)
         rows.append(
             (
                 text(s.method),
                 number(s.models),
-                *(number(100 * value) for value in rates),
+                _counted(first, by_label[s.method]),
+                *others,
                 number(s.rank),
                 number(s.seconds),
                 number(s.passes / 1000),
@@ -67,9 +78,16 @@ def summary_table(run: Run, answers: Sequence[Answer], *, name: str, title: str)
             Column("without result", ("n",), digits=0),
         ),
         rows=tuple(rows),
-        notes=(draws(run, answers), *share_done(run, answers)),
+        notes=(RANKS, draws(run, answers), *share_done(run, answers)),
         command=run.command,
     )
+
+
+def _counted(entry: Entry, answers: Sequence[Answer]) -> Entry:
+    """Return an entry that says how many answers it rests on, and whether some are of earlier defaults."""
+    older = any(answer.older and answer.ok for answer in answers)
+    done = sum(answer.ok for answer in answers)
+    return replace(entry, done=done, asked=len(answers), mark=OLDER if older else "")
 
 
 def effect_table(

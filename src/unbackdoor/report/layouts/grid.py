@@ -45,25 +45,21 @@ def grid_tables(run: Run, published: str = "", parts: Sequence[str] = ()) -> lis
 
 
 def _table(run: Run, part: str, answers: Sequence[Answer], printed: Published | None) -> Table:
-    methods = grouped(answers, lambda answer: (answer.method, answer.variant))
-    varied = {method for method, _ in methods if sum(method == other for other, _ in methods) > 1}
-    titles = [
-        title_of(method) + (f" [{variant}]" if variant and method in varied else "")
-        for method, variant in methods
-    ]
+    methods = grouped(answers, lambda answer: (answer.method, answer.variant, answer.images))
+    titles = _titles(list(methods))
     columns = [Column("model"), Column("source"), Column("No defence", RATES)]
     columns += [Column(title, RATES) for title in titles]
     rows, measured = [], []
     for model, group in grouped(answers, lambda answer: answer.model).items():
         before = effect([answer for answer in group if answer.ok][:1], "before")
-        after = [effect(only(group, method=m, variant=v)) for m, v in methods]
+        after = [effect(only(group, method=m, variant=v, images=n)) for m, v, n in methods]
         took = all(answer.took for answer in group)
         if took and not is_clean(group):
             measured.append([before, *after])
         shown = mark_lowest(after) if took else after
         rows.append((text(title_of_model(group)), text("measured"), before, *shown))
-        rows += _printed_row(model, printed, [method for method, _ in methods])
-    rows += _averages(measured, printed, [method for method, _ in methods])
+        rows += _printed_row(model, printed, [method for method, *_ in methods])
+    rows += _averages(measured, printed, [method for method, *_ in methods])
     return Table(
         name=re.sub(r"\W+", "-", part).strip("-") or "grid",
         title=f"{run.plan['title']}: {WORDS.get(part, part) or 'all'} (CA / ASR)",
@@ -72,6 +68,18 @@ def _table(run: Run, part: str, answers: Sequence[Answer], printed: Published | 
         notes=(draws(run, answers), *share_done(run, answers)),
         command=run.command,
     )
+
+
+def _titles(methods: Sequence[tuple[str, str, int]]) -> list[str]:
+    """Name methods by what tells them apart: their settings, and how many clean images they got."""
+    budgets = {images for *_, images in methods}
+    titles = []
+    for method, variant, images in methods:
+        alike = [each for each in methods if each[0] == method]
+        words = [variant] if variant and len({v for _, v, _ in alike}) > 1 else []
+        words += [f"{images} images"] if len(budgets) > 1 else []
+        titles.append(title_of(method) + (f" [{', '.join(words)}]" if words else ""))
+    return titles
 
 
 def _printed_row(model: str, printed: Published | None, methods: Sequence[str]) -> list[tuple[Entry, ...]]:

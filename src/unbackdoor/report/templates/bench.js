@@ -121,6 +121,7 @@ const open = (key) => {
   body.replaceChildren();
   const state = make("span", detail.status, make("p", undefined, body));
   state.className = `state ${detail.status}`;
+  if (detail.older) make("p", detail.older, body);
   if (detail.problem) make("pre", detail.problem, body);
   for (const [when, rates] of Object.entries(detail.rates)) facts(when, rates, body);
   facts("Found", detail.found, body);
