@@ -105,7 +105,7 @@ class FileScanner:
     def tasks(self, paths: Sequence[Path]) -> list[FileScan]:
         """Return a task for each path; a file that cannot be read has one too."""
         options = self._options()
-        return [FileScan(path, _sha256(path), options) for path in paths]
+        return [FileScan(path, _sha256(inputs.model_file(path)), options) for path in paths]
 
     def __call__(self, task: FileScan) -> Record:
         """Scan one file; what is refused or fails is a record too."""
@@ -137,7 +137,7 @@ class FileScanner:
         )
         base = self.out / task.document
         doc.write_text(document.model_dump_json(indent=1) + "\n", f"{base}.json")
-        show.write_page([document], Path(f"{base}.html"), title="Backdoor report", quiet=True)
+        show.write_page([document], Path(f"{base}.html"), title=show.title_of(document), quiet=True)
         return {
             "verdict": document.verdict,
             "reason": document.reason,

@@ -66,11 +66,12 @@ def calibrate(
     data = inputs.read_data(inputs.DataOptions(clean, split, clean_count, image_size, class_names))
     pool, entries = data, list[calibrating.CleanModel]()
     if surrogates:
-        training, pool, apart = surrogates_of.surrogate_images(data, clean_count, seed)
+        kept = clean_count * draws
+        training, pool, apart = surrogates_of.surrogate_images(data, kept, seed)
         if not apart:
             console.warn(
-                f"{len(data)} images are too few to keep {clean_count} from the surrogates' training, so "
-                "they are scored on images that they know, as a suspect is not; give more."
+                f"{len(data)} images are too few to keep {kept} from the surrogates' training, so they are "
+                "scored on images that they know, as a suspect is not; give more."
             )
         entries = surrogates_of.Surrogates(
             folder=out.with_name(f"{out.stem}-surrogates"),
@@ -91,6 +92,11 @@ def calibrate(
         show.check_folder(out, *files)
         entries = [calibrating.CleanModel.from_file(options, path) for path in files]
         words = f"{arch} models of your own"
+    if draws > 1 and len(pool) <= clean_count:
+        raise InvalidInputError(
+            f"{draws} draws of {clean_count} images would all be the same {len(pool)}; give more images, a "
+            "smaller --clean-count or --draws 1."
+        )
     plan = calibrating.Plan(
         out=out,
         scan=scan,

@@ -64,12 +64,17 @@ class CleanData:
     warnings: tuple[str, ...]
 
 
+def model_file(path: Path) -> Path:
+    """Return the file of a model: a folder that an attack wrote stands for the one in it."""
+    inside = path / "model.safetensors"
+    return inside if inside.is_file() else path
+
+
 def open_model(options: ModelOptions) -> LoadedModel:
-    """Load the model and put it on its device; a folder that an attack wrote stands for its model."""
+    """Load the model and put it on its device."""
     mean, std = _normalisation(options)
-    inside = options.path / "model.safetensors"
     loaded = load_model(
-        inside if inside.is_file() else options.path,
+        model_file(options.path),
         options.arch,
         num_classes=options.num_classes,
         width=options.width,

@@ -52,7 +52,17 @@ OTHER_IMAGES = (
 )
 """The advice where clean models are there, but were scored with more or fewer images."""
 
-BY_GROUND: dict[Ground | None, str] = {"close": CLOSE, "unsuited": OTHER_IMAGES}
+FEW_CLASSES = (
+    "Do not rely on this model because of this scan: nothing was found, but with so few classes that does "
+    "not say that nothing is there. Get it from a source you trust, or `unbackdoor purify` it."
+)
+"""The advice where clean models were compared with, and there are too few classes to say clean."""
+
+BY_GROUND: dict[Ground | None, str] = {
+    "close": CLOSE,
+    "unsuited": OTHER_IMAGES,
+    "too few classes": FEW_CLASSES,
+}
 
 
 def configured_scan(scan: Scan, settings: Sequence[str]) -> Scan:
@@ -181,6 +191,7 @@ def _suppression(exposure: Exposure | None, scan: Scan) -> doc.Suppression | Non
     suppressed = exposure.suppressed
     return doc.Suppression(
         accuracy=list(suppressed.accuracies),
+        steps=[check.step for check in suppressed.checks],
         stop_reason=reasons[suppressed.stop_reason],
         norm_mode=scan.suppression.norm_mode,
         class_share=suppressed.class_share.tolist(),

@@ -98,7 +98,14 @@ def finish(document: doc.Document, *, as_json: bool, report: Path | None, said: 
     document = _introduced(document)
     _tell(document, as_json=as_json, said=said)
     if report is not None:
-        write_page([document], report, title="Backdoor report", quiet=as_json)
+        write_page([document], report, title=title_of(document), quiet=as_json)
+
+
+def title_of(document: doc.Document) -> str:
+    """Return the title of a document's own page: a scan's begins with the verdict."""
+    if isinstance(document, doc.ScanDocument):
+        return f"{document.verdict.capitalize()}: {Path(document.model.path).name}"
+    return "Backdoor report"
 
 
 def _tell(document: doc.Document, *, as_json: bool, said: Collection[str]) -> None:

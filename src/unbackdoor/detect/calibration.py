@@ -32,6 +32,9 @@ VERSION: Final = 2
 MAX_FILE_BYTES = 16 * 2**20
 """Larger files are refused unread: a thousand models with ten scores each take 1 MB."""
 
+MOST_APART = 0.1
+"""Clean models whose accuracy is further away than this say little of a model."""
+
 _ELSEWHERE = {"calibration", "alpha", "threshold", "delta", "precision"}
 """Options that decide what becomes of a score, or how fast it is found, and not the score."""
 
@@ -241,6 +244,24 @@ class CalibrationSet(_Part):
             row[detector.name] for row in self.rows([detector.name]) if row[detector.name] > -math.inf
         )
         return Calibration(scores, self.words(len(scores))) if scores and self.fits(detector) else None
+
+    def apart(self, accuracy: float) -> str:
+        """Say so if these models are so much more or less accurate than one that they may not be like it.
+
+        Args:
+            accuracy: Of the other model on clean images, in [0, 1].
+
+        Returns:
+            A sentence, or nothing.
+        """
+        theirs = [model.clean_accuracy for model in self.models if model.clean_accuracy is not None]
+        if not theirs or min(theirs) - MOST_APART <= accuracy <= max(theirs) + MOST_APART:
+            return ""
+        return (
+            f"The clean models that it is compared with are right on {min(theirs):.1%} to {max(theirs):.1%} "
+            f"of their images, this model on {accuracy:.1%} of these: it may be of another kind of data or "
+            "training, and then the rates do not hold."
+        )
 
     def words(self, n: int | None = None) -> str:
         """Say where a threshold comes from, in a phrase."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.compute import accuracy_of, logits_of, predictions_of
-from unbackdoor.detect.samples import check_samples
+from unbackdoor.detect.samples import check_answers, check_samples
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.types import LabelledImages, Progress, as_float, silent
@@ -82,12 +82,12 @@ class IBDPSC:
 
         Raises:
             InvalidInputError: If there are no samples, too few clean images, or labels do not fit.
-            UnsupportedModelError: If the model cannot be run on such an image, has no norm with a scale, or
-                is right on too many clean images with all norms scaled.
+            UnsupportedModelError: If the model cannot be run on such an image, its answers are no numbers,
+                it has no norm with a scale, or is right on too many clean images with all norms scaled.
         """
         check_samples(model, samples, clean, labels)
         norms = norm_tensors(find_filters(model, as_float(clean.images[:1])))
-        answers = predictions_of(model, samples)
+        answers = check_answers(predictions_of(model, samples))
         confidences: list[Tensor] = []
         error = 0.0
         for depth, version in enumerate(amplified(model, norms, self.omega), 1):

@@ -78,7 +78,8 @@ def check_plausible(model: nn.Module, clean: LabelledImages, *, chance_factor: f
     """Compare the clean accuracy with chance, and look for the cause if it is low.
 
     Each class that there are images of weighs the same, so that one frequent class decides nothing. Causes
-    are tried where that accuracy is low, or where the statistics inside the network have moved.
+    are tried where that accuracy is low, where the statistics inside the network have moved, and where it
+    has no such statistics and could be much more accurate.
 
     Args:
         model: The suspect network; left untouched.
@@ -111,8 +112,11 @@ def check_plausible(model: nn.Module, clean: LabelledImages, *, chance_factor: f
         return Plausibility(accuracy, f"{sentence}: {known or constant}")
     lowest = min(max(chance_factor / classes, min(0.3, 1.2 / classes + 0.1)), 0.5 + 0.5 / classes)
     is_low = recall < max(LOW, lowest)
-    shift = _shift_warning(model, clean)
-    known = _cause(model, clean, confusion) if is_low or shift else ""
+    moved = statistics_shift(model, clean.images[:MOST_PROBED])
+    shift = _shift_warning(moved) if len(clean) >= ENOUGH_FOR_SHIFT else ()
+    # Without batch norms nothing inside tells whether the images are as in training.
+    unknown = math.isnan(moved) and recall < 1 - CLEAR_GAIN
+    known = _cause(model, clean, confusion) if is_low or shift or unknown else ""
     if known:
         return Plausibility(accuracy, f"{sentence}: {known}")
     if recall < lowest:
@@ -155,10 +159,7 @@ def statistics_shift(model: nn.Module, images: Tensor) -> float:
     return float(torch.tensor(shifts).median()) if shifts else math.nan
 
 
-def _shift_warning(model: nn.Module, clean: LabelledImages) -> tuple[str, ...]:
-    if len(clean) < ENOUGH_FOR_SHIFT:
-        return ()
-    shift = statistics_shift(model, clean.images[:MOST_PROBED])
+def _shift_warning(shift: float) -> tuple[str, ...]:
     if not shift > MOST_SHIFTED:  # NaN: nothing to compare with
         return ()
     return (

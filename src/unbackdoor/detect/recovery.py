@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unbackdoor import rng
 from unbackdoor.detect.calibration import Calibration, threshold_from
-from unbackdoor.detect.collapse import shift_concentration, target_concentration
+from unbackdoor.detect.collapse import SMALLEST_CLASS_COUNT, shift_concentration, target_concentration
 from unbackdoor.detect.floor import too_little_at_first
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.groups import find_filters
@@ -20,6 +20,9 @@ from unbackdoor.filters.saliency import taylor_saliency
 from unbackdoor.filters.select import order, removal_losses
 from unbackdoor.suppression import Suppressed, Suppression, confusion_of, suppress
 from unbackdoor.types import Detection, LabelledImages, Progress, as_float, silent
+
+MOST_OF_ONE_CLASS = 0.5
+"""A step from class to class is no pattern if images of one class are more of it than this."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Recovery:
     much. The score is the mean of the ``count`` largest benefits.
 
     The suspected target is the class that lost most of its wrong images when the filters of the score left
-    together.
+    together; there is none where these images were moved by a step from class to class (all-to-all), of
+    several classes alike.
 
     Args:
         suppression: Clean suppression, Eq. 6 of MNP.
@@ -149,9 +153,21 @@ class Recovery:
         if not returned.any():
             return None, "none"
         targets, shifts = target_concentration(returned), shift_concentration(returned)
-        if self.shift_weight * float(shifts.max()) > float(targets.max()):
-            return None, f"all-to-all, class + {int(shifts.argmax()) + 1}"
+        step = int(shifts.argmax()) + 1
+        by_step = self.shift_weight * float(shifts.max()) > float(targets.max())
+        if by_step and _is_spread(returned, step):
+            return None, f"all-to-all, class + {step}"
         return int(targets.argmax()), "all-to-one"
+
+
+def _is_spread(moved: Tensor, step: int) -> bool:
+    """Say whether a step from class to class is a pattern, and not what images of one class did."""
+    classes = len(moved)
+    if classes < SMALLEST_CLASS_COUNT:
+        return False
+    rows = torch.arange(classes)
+    counts = moved[rows, (rows + step) % classes].double()
+    return float(counts.max()) <= MOST_OF_ONE_CLASS * float(counts.sum())
 
 
 def _not_suppressed(suppressed: Suppressed) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from unbackdoor.compute import check_fits
+from unbackdoor.compute import NO_CLASS, check_fits
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.types import LabelledImages
 
@@ -45,10 +45,24 @@ def check_scores(scores: Tensor) -> Tensor:
     Raises:
         UnsupportedModelError: If some are no numbers, since the model's answers are not.
     """
-    broken = int((~scores.isfinite()).sum())
-    if broken:
+    _refuse_broken(~scores.isfinite())
+    return scores
+
+
+def check_answers(answers: Tensor) -> Tensor:
+    """Return the classes that a model answers with, int64 ``(N,)`` from ``predictions_of``.
+
+    Raises:
+        UnsupportedModelError: If some are none, since the model's answers are no numbers.
+    """
+    _refuse_broken(answers == NO_CLASS)
+    return answers
+
+
+def _refuse_broken(broken: Tensor) -> None:
+    count = int(broken.sum())
+    if count:
         raise UnsupportedModelError(
-            f"the model's answers are no numbers for {broken} of {len(scores)} samples, so that they cannot "
+            f"the model's answers are no numbers for {count} of {len(broken)} samples, so that they cannot "
             "be scored; its weights are too large or broken."
         )
-    return scores

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.compute import EVALUATION_BATCH, device_of, predictions_of
-from unbackdoor.detect.samples import check_samples
+from unbackdoor.detect.samples import check_answers, check_samples
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.types import LabelledImages, Progress, as_float, silent
 
@@ -83,7 +83,7 @@ class ScaleUp:
 
         Raises:
             InvalidInputError: If there are no samples, too few clean images, or labels do not fit.
-            UnsupportedModelError: If the model cannot be run on such an image.
+            UnsupportedModelError: If the model cannot be run on such an image, or its answers are no numbers.
         """
         classes = check_samples(model, samples, clean, labels)
         theirs = consistency(model, samples, self.scales, stage="scaling samples", progress=progress)
@@ -130,7 +130,7 @@ def consistency(
     answers, shares = [], []
     for part in images.split(EVALUATION_BATCH):
         pixels = as_float(part.to(device_of(model)))
-        answer = predictions_of(model, pixels)
+        answer = check_answers(predictions_of(model, pixels))
         kept = [predictions_of(model, (scale * pixels).clamp(max=1.0)) == answer for scale in scales]
         answers.append(answer)
         shares.append(torch.stack(kept).double().mean(0))

@@ -27,6 +27,7 @@ from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.detect.suspects import SuspectFilter, suspect_filters
 from unbackdoor.detect.trigger_search import FoundTriggers, RecoveredTrigger, TriggerSearch
 from unbackdoor.detect.verdict import (
+    FEWEST_CLASSES,
     Confidence,
     Ground,
     Judgement,
@@ -232,7 +233,9 @@ class Scan:
             warnings=(
                 *plausibility.warnings,
                 *warnings,
+                *_few_classes(classes),
                 *self._unfit(calibration),
+                *self._apart(calibration, plausibility),
                 *result.warnings,
             ),
             seconds=time.perf_counter() - started,
@@ -427,6 +430,12 @@ class Scan:
             )
         return tuple(sentences)
 
+    @staticmethod
+    def _apart(calibration: CalibrationSet | None, plausibility: Plausibility) -> tuple[str, ...]:
+        """Say so if the clean models' accuracy is far from the model's."""
+        said = "" if calibration is None else calibration.apart(plausibility.accuracy.value)
+        return (said,) if said else ()
+
     def foreseen(self, model: nn.Module, clean: LabelledImages) -> tuple[str, ...]:
         """Say before the work what is weak about the clean models that a verdict would be compared with.
 
@@ -442,7 +451,7 @@ class Scan:
         """
         classes = check_fits(model, clean, purpose="a scan", at_least=2)
         calibration, warnings = self._calibration(model, clean, classes)
-        return (*warnings, *self._unfit(calibration))
+        return (*warnings, *_few_classes(classes), *self._unfit(calibration))
 
     def other_images(self, model: nn.Module, clean: LabelledImages, split: str) -> tuple[str, ...]:
         """Say so if the clean models were scored on another part of the data than this scan takes.
@@ -466,6 +475,16 @@ class Scan:
             f"of {split!r}: if the model was trained on these, its rates hold only roughly. Where the images "
             f"come in splits, give --split {calibration.split}.",
         )
+
+
+def _few_classes(classes: int) -> tuple[str, ...]:
+    """Say so if the model can be flagged, but not called clean, whatever it is compared with."""
+    if classes >= FEWEST_CLASSES:
+        return ()
+    return (
+        f"With {classes} classes a scan can find a backdoor, but never say that there is none: class "
+        f"collapse needs {FEWEST_CLASSES}.",
+    )
 
 
 def _other_count(scored: int, given: int) -> str:
@@ -507,7 +526,8 @@ def _opinion(
 ) -> Detection:
     try:
         return detector.score(model, clean, generator=generator, progress=progress)
-    except UnsupportedModelError as error:
+    except (InvalidInputError, UnsupportedModelError) as error:
+        # What the others found in minutes is not lost for it.
         return Detection(math.nan, math.nan, "none", undetermined=str(error).rstrip("."))
 
 

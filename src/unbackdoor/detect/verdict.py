@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from unbackdoor.detect.calibration import CalibrationSet, too_few
+from unbackdoor.detect.collapse import SMALLEST_CLASS_COUNT
 from unbackdoor.detect.evidence import KINDS, REQUIRED, Evidence, finding
 from unbackdoor.detect.joint import Joint
 from unbackdoor.types import LabelledImages
@@ -16,7 +17,15 @@ from unbackdoor.types import LabelledImages
 Verdict = Literal["backdoored", "clean", "inconclusive"]
 
 Ground = Literal[
-    "too few images", "uncompared", "unsuited", "too few models", "far", "incomplete", "close", "nothing"
+    "too few images",
+    "uncompared",
+    "unsuited",
+    "too few models",
+    "far",
+    "too few classes",
+    "incomplete",
+    "close",
+    "nothing",
 ]
 """Why a verdict is what it is."""
 
@@ -26,6 +35,7 @@ VERDICTS: dict[Ground, Verdict] = {
     "unsuited": "inconclusive",
     "too few models": "inconclusive",
     "far": "backdoored",
+    "too few classes": "inconclusive",
     "incomplete": "inconclusive",
     "close": "inconclusive",
     "nothing": "clean",
@@ -34,6 +44,9 @@ VERDICTS: dict[Ground, Verdict] = {
 NOBODY = "there are no clean models to compare with"
 UNSUITED = "the clean models at hand were scored with another number of images"
 """Why a verdict has no false-positive rate, as clauses."""
+
+FEWEST_CLASSES = SMALLEST_CLASS_COUNT
+"""With fewer a model can be flagged, but never called clean: class collapse abstains."""
 
 ROUNDING = 1e-12
 """P-values are ratios of small integers, and alpha a decimal fraction: equal ones may differ by this."""
@@ -137,14 +150,15 @@ class Judgement:
             return "too few images"
         if self.joint is None and self.unsuited:
             return "unsuited"
-        return ground_of(self.joint, complete=not self._missing(), alpha=self.alpha)
+        ground = ground_of(self.joint, complete=not self._missing(), alpha=self.alpha)
+        return "too few classes" if ground == "incomplete" and self.classes < FEWEST_CLASSES else ground
 
     def _reason(self, ground: Ground, missing: list[str]) -> str:
         if self.joint is None:
             return self._uncompared()
         if ground == "too few models":
             return f"{too_few(self.joint.n, self.alpha)}; {self._said()}"
-        if ground == "incomplete":
+        if ground in ("too few classes", "incomplete"):
             return f"the evidence is incomplete: {' and '.join(missing)}; {self._said()}"
         beside = _chance(self.joint)
         if ground == "far":
@@ -226,6 +240,8 @@ def confidence_of(
         guarantee = (
             f"Of clean models exchangeable with these {joint.n}, at most {alpha:.1%} are called backdoored."
         )
+    if calibration.origin == "shipped":
+        guarantee += f" These are {calibration.description}; for a model of other data it does not hold."
     if calibration.origin == "surrogates":
         guarantee += (
             " Surrogates were trained on your images and not as the suspect was, so that this holds for the "

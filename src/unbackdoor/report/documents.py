@@ -232,7 +232,8 @@ class Suppression(Part):
     """The course of clean suppression, and what was left of the model at its end.
 
     Args:
-        accuracy: Clean accuracy after each epoch.
+        accuracy: Clean accuracy at each check, the first before any step.
+        steps: Ascent steps taken before each check; empty if unknown.
         stop_reason: Why it ended, in words.
         norm_mode: Mode of the normalisation layers, such as ``"train"``.
         class_share: Share of the clean images that the suppressed model sends to each class.
@@ -240,6 +241,7 @@ class Suppression(Part):
     """
 
     accuracy: Many[Fraction]
+    steps: Many[Count] = ()
     stop_reason: str
     norm_mode: str
     class_share: Many[Fraction]
@@ -299,6 +301,12 @@ class Confidence(Part):
     description: str
     smallest_rate: Annotated[Fraction | None, BeforeValidator(_finite_or_none)]
     guarantee: str
+
+    @property
+    def rate_holds(self) -> bool:
+        """Whether there are enough clean models for the rate that was asked for."""
+        # Both come from small fractions: equal ones may differ by rounding.
+        return self.smallest_rate is not None and self.smallest_rate <= self.alpha + 1e-9
 
 
 class RecoveredTrigger(Part):

@@ -139,23 +139,24 @@ def shift_share(suppression: Suppression, *, key: str = "plot") -> str:
 
 
 def accuracy_course(suppression: Suppression, *, key: str = "plot") -> str:
-    """Draw the clean accuracy after each epoch of suppression."""
+    """Draw the clean accuracy during suppression."""
     accuracy = suppression.accuracy
+    known = len(suppression.steps) == len(accuracy)
+    moments, unit = (suppression.steps, "steps") if known else (range(len(accuracy)), "checks")
 
     def draw(axes: Axes) -> None:
-        epochs = range(1, len(accuracy) + 1)
-        axes.plot(epochs, accuracy, color=ACCENT, linewidth=1.5, marker="o", markersize=3)
+        axes.plot(moments, accuracy, color=ACCENT, linewidth=1.5, marker="o", markersize=3)
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(_percent)
         axes.locator_params(axis="x", integer=True)
-        axes.set_xlabel("epoch of suppression")
+        axes.set_xlabel(f"{unit} of suppression")
         axes.set_ylabel("clean accuracy")
 
     return _plot(
         draw,
         name=f"{key}-accuracy-course",
         title="Clean accuracy during suppression",
-        description=f"From {accuracy[0]:.0%} to {accuracy[-1]:.0%} in {len(accuracy)} epochs.",
+        description=f"From {accuracy[0]:.0%} to {accuracy[-1]:.0%} in {moments[-1]} {unit}.",
     )
 
 

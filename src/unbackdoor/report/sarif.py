@@ -1,8 +1,8 @@
 """A scan as SARIF 2.1.0, the format that code scanning services read.
 
-Source: OASIS Standard "Static Analysis Results Interchange Format (SARIF) Version 2.1.0", 2020. Levels other
-than ``none`` go with results of kind ``fail`` alone (section 3.27.10), so an inconclusive scan is a warning
-that failed; a clean one is a result of kind ``pass``.
+Source: OASIS Standard "Static Analysis Results Interchange Format (SARIF) Version 2.1.0", 2020. A backdoored
+model is an error, an inconclusive scan a warning; a clean one has no result, since services such as GitHub's
+make an alert of each, whatever its kind. The verdict and its numbers are the properties of the run.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def sarif(document: ScanDocument) -> dict[str, Any]:
                         "hashes": {"sha-256": document.model.sha256},
                     }
                 ],
-                "results": [_result(document, place)],
+                # A service such as GitHub's shows every result as an alert, also one that says "pass".
+                "results": [] if document.verdict == "clean" else [_result(document, place)],
+                "properties": _properties(document),
             }
         ],
     }
@@ -90,25 +92,19 @@ def sarif_text(document: ScanDocument) -> str:
 
 def _result(document: ScanDocument, place: dict[str, str]) -> dict[str, Any]:
     index = _INCONCLUSIVE if document.verdict == "inconclusive" else _BACKDOOR
-    kind, level = {
-        "backdoored": ("fail", "error"),
-        "inconclusive": ("fail", "warning"),
-        "clean": ("pass", "none"),
-    }[document.verdict]
     target = "" if document.target_name is None else f" Suspected target: {document.target_name}."
     guarantee = f" {document.confidence.guarantee}" if document.confidence else ""
     return {
         "ruleId": _RULES[index]["id"],
         "ruleIndex": index,
-        "kind": kind,
-        "level": level,
+        "kind": "fail",
+        "level": "error" if document.verdict == "backdoored" else "warning",
         "message": {"text": _plain(f"{document.reason}{target}{guarantee}")},
         "locations": [
             # Code scanning services want a line, though a model has none.
             {"physicalLocation": {"artifactLocation": {**place, "index": 0}, "region": {"startLine": 1}}}
         ],
         "partialFingerprints": {"modelSha256/v1": document.model.sha256},
-        "properties": _properties(document),
     }
 
 
@@ -122,24 +118,11 @@ def _properties(document: ScanDocument) -> dict[str, Any]:
     """Return the numbers behind the verdict; pictures and long lists stay in the JSON document."""
     found: dict[str, Any] = {
         "verdict": document.verdict,
+        "reason": document.reason,
         "targetClass": document.target_class,
         "images": document.data.images,
         "cleanAccuracy": document.clean_accuracy.value,
-        "detectors": [
-            row.model_dump(
-                include={
-                    "name",
-                    "kind",
-                    "score",
-                    "threshold",
-                    "p_value",
-                    "verdict",
-                    "target_class",
-                    "decides",
-                }
-            )
-            for row in document.detectors
-        ],
+        "detectors": [row.model_dump(include=_OF_A_DETECTOR) for row in document.detectors],
         "limits": list(document.limits),
         "warnings": list(document.warnings),
     }

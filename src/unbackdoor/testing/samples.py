@@ -108,6 +108,19 @@ def treats_missing_classes(detector: SampleDetector) -> None:
     may_refuse(lambda: _score(detector, awkward_model(), data.images, one), "data of one class")
 
 
+def treats_answers_that_are_no_numbers(detector: SampleDetector) -> None:
+    """A network whose weights are broken is refused in words, or its samples get finite scores."""
+
+    def score_with_a_broken_model() -> None:
+        model = awkward_model()
+        with torch.no_grad():
+            list(model.parameters())[-1].fill_(float("nan"))
+        scores = _score(detector, model, small_data(SAMPLES).images, small_data())
+        assert bool(torch.isfinite(scores).all()), "a model without answers gave scores that are no numbers."
+
+    may_refuse(score_with_a_broken_model, "a model whose answers are no numbers")
+
+
 def refuses_bad_input(detector: SampleDetector) -> None:
     """No samples, no clean images, unknown labels and other channels are refused in words."""
     data, model = small_data(), awkward_model()
@@ -135,6 +148,7 @@ SAMPLE_DETECTOR_CHECKS: dict[str, Check] = {
             treats_labels,
             treats_grey_images,
             treats_missing_classes,
+            treats_answers_that_are_no_numbers,
             refuses_bad_input,
         )
     },

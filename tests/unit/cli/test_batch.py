@@ -116,6 +116,15 @@ def test_workers_scan_as_this_process_does(scan: Scan, files: Files, tmp_path: P
     assert by_file[str(files.infected)]["status"] == "ok"
 
 
+def test_a_folder_that_an_attack_wrote_stands_for_its_model(scan: Scan, files: Files, tmp_path: Path) -> None:
+    folder = tmp_path / "badnets-0"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(files.infected.read_bytes())
+    assert scan(folder, files.twin).code == 3
+    (found,) = [record for record in records(tmp_path) if record["file"] == str(folder)]
+    assert (found["status"], found["target_class"]) == ("ok", 3)
+
+
 def test_one_page_is_for_one_file(scan: Scan, files: Files, tmp_path: Path) -> None:
     result = scan(files.twin, files.infected, more=("--report", tmp_path / "r.html"))
     assert result.code == 2

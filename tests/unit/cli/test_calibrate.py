@@ -174,6 +174,15 @@ def test_of_several_draws_the_highest_scores_count(
     assert "holds a calibration made with other options, models or images" in other.err
 
 
+def test_draws_that_cannot_differ_are_refused(run: Run, files: Files, honest: Path, tmp_path: Path) -> None:
+    alike = run(
+        "calibrate", honest, "--arch", ARCH, "--clean", files.clean, "--draws", 2, "--clean-count", 100_000,
+        "--out", tmp_path / "c.json",
+    )  # fmt: skip
+    assert alike.code == 2
+    assert "2 draws of 100000 images would all be the same" in alike.err
+
+
 def test_several_side_by_side_make_the_same_file(
     run: Run, files: Files, honest: Path, tmp_path: Path
 ) -> None:

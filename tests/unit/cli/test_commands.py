@@ -49,6 +49,7 @@ def test_scan_finds_the_planted_backdoor(run: Run, files: Files, tmp_path: Path)
     assert document["filters"]
     assert "Recovered trigger for" in page.read_text()
     assert "Most suspicious filters" in page.read_text()
+    assert f"<h1>Backdoored: {files.infected.name}</h1>" in page.read_text()
     assert json.loads(log.read_text())["runs"][0]["results"][0]["level"] == "error"
 
 

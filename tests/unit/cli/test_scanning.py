@@ -42,6 +42,7 @@ def document_of(result: ScanResult, monkeypatch: pytest.MonkeyPatch) -> ScanDocu
     [
         ("close", "scan it again with --seed 1, --seed 2 and other clean images"),
         ("incomplete", "mend what is named above"),
+        ("too few classes", "nothing was found, but with so few classes"),
         (None, "mend what is named above"),
     ],
 )

@@ -157,6 +157,25 @@ def test_causes_are_tried_where_the_statistics_have_moved() -> None:
     )
 
 
+def test_without_batch_norms_causes_are_tried_where_much_could_be_gained() -> None:
+    class Wants(nn.Module):
+        """Right on all images around 0; of others it answers every fourth wrongly."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            if bool((images < 0).any()):
+                logits: Tensor = PLANTED.model(images * 0.5 + 0.5)
+                return logits
+            logits = PLANTED.model(images)
+            logits[::4] = logits[::4].roll(1, dims=1)
+            return logits
+
+    model = Wants().eval()
+    assert math.isnan(statistics_shift(model, CLEAN.images))
+    found = check_plausible(model, CLEAN)
+    assert found.accuracy.value == 0.75
+    assert "or half it would be right on 100.0%" in found.problem
+
+
 def test_a_confirmed_cause_is_a_problem_whatever_the_accuracy() -> None:
     # Half of the images are right by their label alone.
     class Half(nn.Module):

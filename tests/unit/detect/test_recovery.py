@@ -122,6 +122,18 @@ def test_returned_images_say_which_class_or_pattern_it_was() -> None:
     assert (target, pattern) == (None, "all-to-all, class + 2")
 
 
+def test_a_step_that_images_of_one_class_took_is_no_pattern() -> None:
+    # Of ten classes; 30 images of class 5 and 9 others had fallen into class 2, 8 of class 3 elsewhere.
+    before = 50 * torch.eye(10, dtype=torch.int64)
+    before[5, 2], before[6, 2], before[7, 2], before[3, 8] = 30, 5, 4, 8
+    assert RECOVERY._target(before, 50 * torch.eye(10, dtype=torch.int64)) == (2, "all-to-one")
+
+
+def test_between_two_classes_there_is_a_target() -> None:
+    before, after = torch.tensor([[50, 0], [48, 2]]), torch.tensor([[50, 0], [8, 42]])
+    assert RECOVERY._target(before, after) == (0, "all-to-one")
+
+
 @pytest.mark.parametrize(
     ("first", "last", "problem"),
     [

@@ -319,6 +319,16 @@ def separable(classes: int, per_class: int) -> tuple[nn.Module, LabelledImages]:
     return model, LabelledImages(inputs, labels)
 
 
+def test_a_further_detector_that_refuses_does_not_lose_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise InvalidInputError("it wants other images.")
+
+    monkeypatch.setattr("unbackdoor.detect.rnp.UnlearntLabel.score", refuse)
+    found = scanned(replace(FAST, others=("rnp-label",)), planted().model, images()).detection("rnp_label")
+    assert found is not None
+    assert found.undetermined == "it wants other images"
+
+
 def test_two_classes_get_an_answer() -> None:
     result = scanned(SCAN, *separable(2, 40))
     assert result.plausibility.accuracy.value == 1.0
@@ -326,6 +336,29 @@ def test_two_classes_get_an_answer() -> None:
     collapse = result.detection("collapse")
     assert collapse is not None
     assert "images of 2 classes leave errors too few places to go" in collapse.undetermined
+
+
+def test_with_two_classes_no_comparison_can_say_clean() -> None:
+    model, clean = separable(2, 40)
+    base = calibrated(SCAN, 0.3, 9.0, len(clean))
+    assert base.calibration is not None
+    scan = replace(base, calibration=base.calibration.model_copy(update={"kind": Kind.of(model, clean, 2)}))
+    result = scanned(scan, model, clean)
+    assert (result.verdict, result.ground) == ("inconclusive", "too few classes")
+    warning = "With 2 classes a scan can find a backdoor, but never say that there is none"
+    assert any(warning in said for said in result.warnings)
+    assert any(warning in said for said in scan.foreseen(model, clean))
+
+
+def test_a_model_much_more_accurate_than_those_compared_with_is_named() -> None:
+    base = calibrated(SCAN, 0.3, 9.0)
+    assert base.calibration is not None
+    models = tuple(model.model_copy(update={"clean_accuracy": 0.7}) for model in base.calibration.models)
+    scan = replace(base, calibration=base.calibration.model_copy(update={"models": models}))
+    result = scanned(scan, planted(infected=False).model, images())
+    assert any("are right on 70.0% to 70.0% of their images, this model on" in w for w in result.warnings)
+    unsaid = scanned(base, planted(infected=False).model, images())
+    assert not any("of their images" in warning for warning in unsaid.warnings)
 
 
 def test_two_hundred_classes_get_an_answer() -> None:

@@ -169,6 +169,8 @@ def test_the_confidence_says_what_is_guaranteed() -> None:
         "only as far as such models score alike"
         in confidence_of(calibration("surrogates"), joint, 0.05).guarantee
     )
+    shipped = confidence_of(calibration("shipped"), joint, 0.05).guarantee
+    assert shipped.endswith("These are d; for a model of other data it does not hold.")
     few = confidence_of(calibration("models"), replace(joint, n=9), 0.05)
     assert few.guarantee.startswith("The rate asked for is not guaranteed: 9 clean models")
     assert confidence_of(None, None, 0.05).origin == "none"

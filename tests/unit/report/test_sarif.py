@@ -6,6 +6,7 @@ from typing import Literal
 import pytest
 
 from unbackdoor.report.documents import Confidence, RecoveredTrigger, ScanDocument
+from unbackdoor.report.page import render
 from unbackdoor.report.sarif import sarif, sarif_text
 
 from .conftest import data, model, rate
@@ -38,23 +39,36 @@ def document(verdict: Verdict, path: str = "models/a b.pth") -> ScanDocument:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "rule", "kind", "level"),
-    [
-        ("backdoored", "UB001", "fail", "error"),
-        ("inconclusive", "UB002", "fail", "warning"),
-        ("clean", "UB001", "pass", "none"),
-    ],
+    ("verdict", "rule", "level"), [("backdoored", "UB001", "error"), ("inconclusive", "UB002", "warning")]
 )
-def test_each_verdict_is_one_result(verdict: Verdict, rule: str, kind: str, level: str) -> None:
+def test_what_needs_somebody_is_one_result(verdict: Verdict, rule: str, level: str) -> None:
     log = sarif(document(verdict))
     assert (log["version"], len(log["runs"])) == ("2.1.0", 1)
     run = log["runs"][0]
     (result,) = run["results"]
-    assert (result["ruleId"], result["kind"], result["level"]) == (rule, kind, level)
-    # Section 3.27.10: another kind than "fail" goes with the level "none" alone.
-    assert (kind == "fail") != (level == "none")
+    # Section 3.27.10: a level goes with the kind "fail" alone.
+    assert (result["ruleId"], result["kind"], result["level"]) == (rule, "fail", level)
     assert run["tool"]["driver"]["rules"][result["ruleIndex"]]["id"] == rule
     assert result["message"]["text"] == "For a reason. Suspected target: cat. Of clean models, at most 5 %."
+
+
+def test_a_clean_model_raises_no_alert_and_its_verdict_can_be_read() -> None:
+    (run,) = sarif(document("clean"))["runs"]
+    assert run["results"] == []
+    assert (run["properties"]["verdict"], run["properties"]["reason"]) == ("clean", "For a reason.")
+    assert run["artifacts"][0]["hashes"]["sha-256"] == document("clean").model.sha256
+
+
+def test_a_rate_is_promised_only_where_there_are_models_enough_for_it() -> None:
+    confidence = document("clean").confidence
+    assert confidence is not None
+    assert confidence.rate_holds
+    promise = "at most 5.0% are called backdoored"
+    assert promise in render([document("clean")], title="t")
+    for rate_of in (0.25, None):
+        few = confidence.model_copy(update={"smallest_rate": rate_of})
+        page = render([document("inconclusive").model_copy(update={"confidence": few})], title="t")
+        assert promise not in page
 
 
 def test_names_are_neither_links_nor_placeholders() -> None:
@@ -71,9 +85,9 @@ def test_the_log_says_which_file_and_holds_the_numbers() -> None:
     assert artifact["location"]["uri"] == place["uri"]
     assert artifact["hashes"]["sha-256"] == document("clean").model.sha256
     assert run["invocations"][0]["endTimeUtc"] == "2026-01-31T12:00:00Z"
-    assert result["properties"]["trigger"]["l1_pixels"] == 9.0
-    assert result["properties"]["confidence"]["models"] == 19
-    assert result["properties"]["limits"] == ["a limit"]
+    assert run["properties"]["trigger"]["l1_pixels"] == 9.0
+    assert run["properties"]["confidence"]["models"] == 19
+    assert run["properties"]["limits"] == ["a limit"]
 
 
 def test_absolute_paths_become_file_uris() -> None:
