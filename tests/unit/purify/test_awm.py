@@ -122,6 +122,11 @@ def test_a_strong_penalty_shrinks_the_masks() -> None:
     assert strong["conv2.weight"]["mean"] < weak["conv2.weight"]["mean"]
 
 
+def test_the_rate_falls_from_round_to_round() -> None:
+    rounds = purify(replace(QUICK, rounds=3, decay=0.5)).diagnostics["rounds"]
+    assert [one["learning_rate"] for one in rounds] == [0.01, 0.005, 0.0025]
+
+
 def test_linear_layers_on_request() -> None:
     with rng.isolated(rng.generator(0)):
         model = nn.Sequential(nn.Flatten(), nn.Linear(768, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
@@ -137,6 +142,7 @@ def test_the_paper_has_the_authors_numbers() -> None:
     paper = AWM.paper()
     assert (paper.rounds, paper.passes, paper.alpha, paper.gamma, paper.tau) == (20, 5, 0.9, 1e-8, 1000.0)
     assert (paper.learning_rate, paper.perturbation_rate, paper.batch_size) == (0.01, 10.0, 128)
+    assert paper.decay == 0.9
     assert (AWM.paper(one_shot=True).alpha, AWM.paper(one_shot=True).tau) == (0.99, 100.0)
 
 
@@ -146,6 +152,7 @@ def test_the_paper_has_the_authors_numbers() -> None:
         ({"alpha": 2.0}, "alpha must lie"),
         ({"rounds": 0}, "rounds, passes"),
         ({"learning_rate": 0.0}, "must be positive"),
+        ({"decay": 0.0}, "decay must lie"),
         ({"layers": "head"}, "layers must be"),
     ],
 )
