@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor import catalogue
+from unbackdoor.bench.defend import is_older
 from unbackdoor.bench.store import Record, Store
 from unbackdoor.purify.registry import PURIFIERS
 
@@ -64,11 +65,12 @@ def page() -> str:
 
 
 def measured() -> dict[str, Record]:
-    """Return a record of each method with its default options, by name."""
+    """Return a record of each method with today's default options, by name."""
     found: dict[str, Record] = {}
     for record in Store(RECORDS).records().values():
         cell = record.get("cell")  # a training has none
-        if cell and record["status"] == "ok" and not cell.get("paper") and not cell.get("options"):
+        usual = cell and not cell.get("paper") and not cell.get("options") and not is_older(cell)
+        if usual and record["status"] == "ok":
             found[cell["method"]] = record
     return found
 

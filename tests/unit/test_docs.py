@@ -21,6 +21,7 @@ import typer
 
 from unbackdoor import catalogue
 from unbackdoor.attacks.registry import ATTACKS
+from unbackdoor.bench.defend import settings_of
 from unbackdoor.bench.methods import METHODS, configured
 from unbackdoor.bench.store import Store
 from unbackdoor.bench.suite import Grid, Places, Plan, Size, Suite, matching, read_suite, variants
@@ -86,7 +87,10 @@ def test_the_ledger_reads_past_records_of_trainings(tmp_path: Path, monkeypatch:
     ledger = _load("generate_ledger")
     store = Store(tmp_path / "records.jsonl")
     store.add({"key": "t", "kind": "training", "model": "badnets", "status": "ok"})
-    store.add({"key": "a", "status": "ok", "cell": {"method": "ft", "paper": False, "options": {}}})
+    usual = {"method": "ft", "paper": False, "options": {}, "settings": settings_of(PURIFIERS["ft"]())}
+    store.add({"key": "a", "status": "ok", "cell": usual})
+    # Of a default that is no longer there.
+    store.add({"key": "b", "status": "ok", "cell": {**usual, "method": "clp"}})
     monkeypatch.setattr(ledger, "RECORDS", store.path)
     assert list(ledger.measured()) == ["ft"]
 

@@ -138,7 +138,7 @@ def latex(table: Table) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """Return a table in CSV: one column for each number, nothing rounded; and one for remarks, if any."""
+    """Return a table in CSV: one column for each number, to six digits; and one for remarks, if any."""
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     remarks = [_remarks(row, table.columns) for row in table.rows]
