@@ -77,6 +77,7 @@ from unbackdoor.purify import (
     RNP,
     SAU,
     TSBD,
+    RandomOrder,
 )
 from unbackdoor.purify.onp import Agent
 from unbackdoor.purify.selection import Selection
@@ -213,6 +214,8 @@ PURIFIERS: dict[str, Purifier] = {
     "ft-super": FT.super(epochs=2),
     "clp": CLP(),
     "clp-paper": CLP.paper(u=1.0),
+    "random-order": RandomOrder(),
+    "random-order-count": RandomOrder(Selection("count", count=3), prune_mode="weight"),
     "rnp": RNP(SUPPRESSION, replace(MASKS, target="norm_scale", norm_mode="train")),
     "rnp-filters": RNP(SUPPRESSION, MASKS, selection=Selection("own"), threshold=0.9),
     "fp": FP(recipe=RECIPE),

@@ -17,6 +17,7 @@ from unbackdoor.purify.mnp import MNP as MNP
 from unbackdoor.purify.nad import NAD as NAD
 from unbackdoor.purify.nc import NC as NC
 from unbackdoor.purify.onp import ONP as ONP
+from unbackdoor.purify.random_order import RandomOrder as RandomOrder
 from unbackdoor.purify.rnp import RNP as RNP
 from unbackdoor.purify.sau import SAU as SAU
 from unbackdoor.purify.tsbd import TSBD as TSBD

@@ -21,15 +21,16 @@ from unbackdoor.purify.mnp import MNP
 from unbackdoor.purify.nad import NAD
 from unbackdoor.purify.nc import NC
 from unbackdoor.purify.onp import ONP
+from unbackdoor.purify.random_order import RandomOrder
 from unbackdoor.purify.rnp import RNP
 from unbackdoor.purify.sau import SAU
 from unbackdoor.purify.tsbd import TSBD
 
 CLASSES: tuple[type[Any], ...] = (
     *(MNP, FT, FP, ANP, CLP, RNP, NC, NAD, IBAU),
-    *(FTSAM, AWM, BNP, EP, TSBD, BSAR, GUP, SAU, FST, ONP),
+    *(FTSAM, AWM, BNP, EP, TSBD, BSAR, GUP, SAU, FST, ONP, RandomOrder),
 )
-"""MNP and the rivals of its Table 1, then the others."""
+"""MNP and the rivals of its Table 1, then the others, a control at the end."""
 
 PURIFIERS: dict[str, type[Any]] = {cls.name: cls for cls in CLASSES}
 """By ``name`` in snake_case (users write dashes); ``Purifier`` protocol, frozen dataclasses."""

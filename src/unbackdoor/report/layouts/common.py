@@ -50,6 +50,7 @@ TITLES = {
     "gup": "GUP",
     "sau": "SAU",
     "fst": "FST",
+    "random_order": "Random order",
 }
 
 
