@@ -34,8 +34,8 @@ class RandomOrder:
     """
 
     name: ClassVar[str] = "random_order"
-    title: ClassVar[str] = "Random order, a control"
-    source: ClassVar[str] = "none"
+    title: ClassVar[str] = "Random order"
+    source: ClassVar[str] = "a control, no paper"
     needs: ClassVar[str] = "clean images with labels"
 
     selection: Selection = field(default_factory=Selection)
