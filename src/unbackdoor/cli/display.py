@@ -54,7 +54,9 @@ class Display(Watcher):
 
     def ended(self, task: Task, record: Record, tally: Tally) -> None:
         """Say what came of a task."""
-        console.note(f"[{tally.ended}/{tally.total}] {self.line(task, record)}")
+        left = None if self._live is not None else tally.seconds_left()
+        rest = f", {_time(left)} left" if left is not None and tally.ended < tally.total else ""
+        console.note(f"[{tally.ended}/{tally.total}{rest}] {self.line(task, record)}")
 
     def left(self, tasks: Sequence[Task]) -> None:
         """Say what is left to others."""

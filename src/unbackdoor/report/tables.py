@@ -134,6 +134,7 @@ def latex(table: Table) -> str:
         lines.append(" & ".join(texts) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
     lines += [rf"\par\footnotesize {_escaped(note)}" for note in table.notes]
+    lines += [f"% Again: {' '.join(table.command.split())}"] if table.command else []
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 

@@ -306,3 +306,19 @@ def test_the_display_tells_done_failed_running_and_the_end(monkeypatch: pytest.M
     assert "[1/4] number 0: failed" in text
     assert "waiting for 2 questions of another runner: number 2, number 3" in text
     assert "number 1, 0 s" in text
+
+
+def test_a_log_says_with_each_answer_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "notes", Console(file=screen, width=100, highlight=False))
+    now = [0.0]
+    tally = Tally(2, clock=lambda: now[0])
+    tasks = [Number(value) for value in range(2)]
+    tally.expect(tasks)
+    with Display("questions", lambda task, record: f"{task.label}: {record['status']}") as display:
+        for task in tasks:
+            tally.start(task)
+            now[0] += 120.0
+            tally.end(task, "ok")
+            display.ended(task, {"status": "ok"}, tally)
+    assert screen.getvalue().splitlines() == ["[1/2, 2 min left] number 0: ok", "[2/2] number 1: ok"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -45,6 +46,14 @@ def test_latex_escapes_what_means_something() -> None:
     assert r"\begin{tabular}{lrr}" in text
     assert r"a|b\_1 & \textbf{91.09 / 0.50} & 7 \\" in text
     assert text.count(r"\\") == 4
+
+
+def test_latex_says_in_a_comment_what_makes_the_records_again() -> None:
+    assert "Again" not in latex(replace(TABLE, command=""))
+    assert (
+        latex(replace(TABLE, command="unbackdoor bench \\\n x")).count("\n% Again: unbackdoor bench \\ x\n")
+        == 1
+    )
 
 
 def test_csv_has_a_column_for_each_number_and_rounds_nothing_away() -> None:
