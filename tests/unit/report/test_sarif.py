@@ -63,7 +63,7 @@ def test_a_rate_is_promised_only_where_there_are_models_enough_for_it() -> None:
     confidence = document("clean").confidence
     assert confidence is not None
     assert confidence.rate_holds
-    promise = "at most 5.0% are called backdoored"
+    promise = "are called backdoored<"
     assert promise in render([document("clean")], title="t")
     for rate_of in (0.25, None):
         few = confidence.model_copy(update={"smallest_rate": rate_of})
