@@ -45,11 +45,12 @@ class AWM:
     running statistics stay those of the input.
 
     Deviations: an inner phase is a number of passes, at least one batch each; the authors count
-    ``floor(images / batch) * 5`` batches drawn with replacement, which is none for fewer images than a batch,
-    and take 300 steps of each kind on 500 images in 20 rounds. The default takes 200 in 10, whose rates add up
-    to what theirs do, 1.3. Their code takes the clean images from the test set. The model's own labels are computed once a round, as the masks do not
-    change meanwhile. tau holds for 3 x 32 x 32 values and grows with the image. With one image a class the
-    authors add nine augmented copies of each; that is not done here.
+    ``floor(images / batch) * 5`` batches drawn with replacement, which is none for fewer images than a batch.
+    They take 300 steps of each kind on 500 images in 20 rounds, the default 200 in 10, whose rates add up to
+    what theirs do, 1.3. Their code takes the clean images from the test set. The model's own labels are
+    computed once a round, as the masks do not change meanwhile. tau holds for 3 x 32 x 32 values and grows
+    with the image. With one image a class the authors add nine augmented copies of each; that is not done
+    here.
 
     Args:
         alpha: Weight of the loss without perturbation, in [0, 1]; the authors take 0.99 for one image a
