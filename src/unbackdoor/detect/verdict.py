@@ -241,7 +241,7 @@ def confidence_of(
             f"Of clean models exchangeable with these {joint.n}, at most {alpha:.1%} are called backdoored."
         )
     if calibration.origin == "shipped":
-        guarantee += f" These are {calibration.description}; for a model of other data it does not hold."
+        guarantee += " This does not hold for models of other data than theirs."
     if calibration.origin == "surrogates":
         guarantee += (
             " Surrogates were trained on your images and not as the suspect was, so that this holds for the "

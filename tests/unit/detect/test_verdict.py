@@ -170,7 +170,7 @@ def test_the_confidence_says_what_is_guaranteed() -> None:
         in confidence_of(calibration("surrogates"), joint, 0.05).guarantee
     )
     shipped = confidence_of(calibration("shipped"), joint, 0.05).guarantee
-    assert shipped.endswith("These are d; for a model of other data it does not hold.")
+    assert shipped.endswith("This does not hold for models of other data than theirs.")
     few = confidence_of(calibration("models"), replace(joint, n=9), 0.05)
     assert few.guarantee.startswith("The rate asked for is not guaranteed: 9 clean models")
     assert confidence_of(None, None, 0.05).origin == "none"
