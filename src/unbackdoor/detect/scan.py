@@ -15,7 +15,7 @@ from unbackdoor import rng
 from unbackdoor.catalogue import dashed, find, name_of
 from unbackdoor.compute import check_fits
 from unbackdoor.detect.calibration import CalibrationSet, Kind, flags_allowed, shipped_for, threshold_from
-from unbackdoor.detect.collapse import Collapse
+from unbackdoor.detect.collapse import SMALLEST_CLASS_COUNT, Collapse
 from unbackdoor.detect.evidence import DECIDING, KINDS, OTHER, REQUIRED, Evidence
 from unbackdoor.detect.exposure import Exposure, Statistic, expose
 from unbackdoor.detect.head_weights import HeadWeights
@@ -27,7 +27,6 @@ from unbackdoor.detect.registry import MODEL_DETECTORS
 from unbackdoor.detect.suspects import SuspectFilter, suspect_filters
 from unbackdoor.detect.trigger_search import FoundTriggers, RecoveredTrigger, TriggerSearch
 from unbackdoor.detect.verdict import (
-    FEWEST_CLASSES,
     Confidence,
     Ground,
     Judgement,
@@ -479,11 +478,11 @@ class Scan:
 
 def _few_classes(classes: int) -> tuple[str, ...]:
     """Say so if the model can be flagged, but not called clean, whatever it is compared with."""
-    if classes >= FEWEST_CLASSES:
+    if classes >= SMALLEST_CLASS_COUNT:
         return ()
     return (
         f"With {classes} classes a scan can find a backdoor, but never say that there is none: class "
-        f"collapse needs {FEWEST_CLASSES}.",
+        f"collapse needs {SMALLEST_CLASS_COUNT}.",
     )
 
 

@@ -45,9 +45,6 @@ NOBODY = "there are no clean models to compare with"
 UNSUITED = "the clean models at hand were scored with another number of images"
 """Why a verdict has no false-positive rate, as clauses."""
 
-FEWEST_CLASSES = SMALLEST_CLASS_COUNT
-"""With fewer a model can be flagged, but never called clean: class collapse abstains."""
-
 ROUNDING = 1e-12
 """P-values are ratios of small integers, and alpha a decimal fraction: equal ones may differ by this."""
 
@@ -151,7 +148,9 @@ class Judgement:
         if self.joint is None and self.unsuited:
             return "unsuited"
         ground = ground_of(self.joint, complete=not self._missing(), alpha=self.alpha)
-        return "too few classes" if ground == "incomplete" and self.classes < FEWEST_CLASSES else ground
+        # Class collapse abstains whatever is mended, so that the model can be flagged, but not called clean.
+        few = self.classes < SMALLEST_CLASS_COUNT
+        return "too few classes" if ground == "incomplete" and few else ground
 
     def _reason(self, ground: Ground, missing: list[str]) -> str:
         if self.joint is None:
