@@ -21,9 +21,8 @@ from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silen
 class RandomOrder:
     """Prune filters in random order.
 
-    Source: none; a control. Public comparisons give each ranking its own rule for how much is pruned, so that
-    nobody sees what the ranking is worth. Here all rankings share one walk that keeps what clean images need;
-    this method is that walk without a ranking.
+    Source: none; a control. All methods here that rank filters share one walk that keeps what clean images
+    need; this is that walk without a ranking. What a ranking does not do better it owes to the walk.
 
     Deviations: none, as there is no paper. There is no rule of its own for how many filters go, so that
     ``selection.amount=own`` is refused.
