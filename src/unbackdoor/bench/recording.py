@@ -111,14 +111,22 @@ def _thinned(values: Sequence[float | None]) -> list[float | None]:
 
 def circumstances(device: torch.device) -> dict[str, Any]:
     """Return under which a record came about: versions, state of the code, device, time."""
+    return versions() | {"device": _device(device), "created": now()}
+
+
+def versions() -> dict[str, Any]:
+    """Return what this process runs: versions, and the state of the code."""
     return {
         "unbackdoor": unbackdoor.__version__,
         "git": git_state(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
-        "device": _device(device),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def now() -> str:
+    """Return the time, in UTC, as records have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _device(device: torch.device) -> str:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from unbackdoor.bench.executors.base import Executor, Job, Lost, Record, Task
+from unbackdoor.bench.recording import now, versions
 from unbackdoor.bench.store import Follower, Store
 
 
@@ -200,7 +201,9 @@ class _Run:
 
     def keep(self, task: Task, outcome: Record | Lost) -> None:
         if isinstance(outcome, Lost):
-            outcome = {"key": task.key, "status": "failed", "problem": outcome.reason, "task": task.label}
+            # The worker is gone: its device is unknown, its code was that of this process.
+            problem = {"status": "failed", "problem": outcome.reason, "task": task.label}
+            outcome = {"key": task.key, **versions(), "created": now(), **problem}
             if describe := getattr(task, "describe", None):
                 outcome["cell"] = describe()
         self.store.add(outcome)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import unbackdoor
 from toy import Number, Square, begun
 from unbackdoor.bench.executors import Inline
 from unbackdoor.bench.executors.base import Job, Lost, Outcome, Take, Task
@@ -139,7 +140,7 @@ def test_killed_at_random_moments_it_ends_with_the_records_of_an_undisturbed_run
     assert sum(begun(stormy.parent, number.value) for number in NUMBERS) <= len(NUMBERS) + kills
 
 
-def test_the_record_of_a_lost_task_says_what_it_asked(tmp_path: Path) -> None:
+def test_the_record_of_a_lost_task_says_what_it_asked_and_of_which_code(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Asking(Number):
         def describe(self) -> dict[str, int]:
@@ -155,6 +156,8 @@ def test_the_record_of_a_lost_task_says_what_it_asked(tmp_path: Path) -> None:
     found = store.records()
     assert (found["n1"]["status"], found["n1"]["cell"]) == ("failed", {"value": 1})
     assert "cell" not in found["n2"]
+    assert found["n1"]["unbackdoor"] == unbackdoor.__version__
+    assert {"git", "torch", "created"} <= found["n1"].keys()
 
 
 def test_two_runners_share_the_work(tmp_path: Path) -> None:
