@@ -221,7 +221,9 @@ def cell_of(
     )
 
 
-LATER_OPTIONS = {"mnp": {"relearning.path_radius": "0", "evidence": "0", "retry_crops": "true"}}
+LATER_OPTIONS = {
+    "mnp": {"relearning.path_radius": "0", "evidence": "0", "retry_crops": "true", "partway": "false"}
+}
 """Options that came after the first records, with what was meant before: equal questions keep their keys."""
 
 

@@ -151,13 +151,13 @@ def weak_evidence(found: Mapping[str, Any]) -> list[str]:
 
 
 def refused_relearning(log: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say where a trigger was found and what relearnt to ignore it was not taken, so that it may still work.
+    """Say where a trigger was found and what relearnt to ignore it was not taken whole, so that it may work.
 
     Args:
         log: MNP's diagnostics of each relearning.
     """
     return [
-        f"The relearning after {step['exposure']} was not taken: "
+        f"The relearning after {step['exposure']} was {_taken_so_far(step)}: "
         + (
             step["problem"].rstrip(".")
             if "problem" in step
@@ -168,6 +168,11 @@ def refused_relearning(log: Sequence[Mapping[str, Any]]) -> list[str]:
         for step in log
         if not step["taken"] and not step.get("tried_again")
     ]
+
+
+def _taken_so_far(step: Mapping[str, Any]) -> str:
+    way = step.get("partway")
+    return f"taken to {way['share']:.0%} of the way" if way else "not taken"
 
 
 def remaining_triggers(log: Sequence[Mapping[str, Any]], name_of: Callable[[int], str]) -> list[str]:

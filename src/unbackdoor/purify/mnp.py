@@ -22,7 +22,7 @@ from unbackdoor.forms import largest_norm
 from unbackdoor.inversion import Inversion, InvertedTrigger, invert_all
 from unbackdoor.masks import LearntMasks, MaskTraining, learn_masks
 from unbackdoor.purify.nc import suspects
-from unbackdoor.purify.relearning import Relearning, relearn
+from unbackdoor.purify.relearning import Relearning, between, relearn
 from unbackdoor.purify.selection import divide
 from unbackdoor.purify.stamping import joined, largest_success, stamped
 from unbackdoor.suppression import Suppressed, Suppression, suppress
@@ -85,6 +85,9 @@ class MNP:
             again, each time with half of the stamped share of its batches.
         retry_crops: Crop the images in these tries, too, as the recipe says. While the survivors learn, norms
             take the statistics of what they are shown: where crops cost too much, images as they are do not.
+        partway: Where the last try cost too much as well, go from the pruned network towards it, by tenths,
+            as far as the guard allows: weights and statistics in between (Wortsman et al., CVPR 2022, arXiv
+            2109.01903) keep part of what was relearnt for less accuracy. With ``triggers`` only.
         restarts: How often triggers are inverted once more, from other random starts, before anything is
             removed: one is seldom the attacker's, several cover more of what works.
         refined: How many classes, from the one with the smallest patch, are inverted so often before any is
@@ -143,6 +146,7 @@ class MNP:
     relearning: Relearning = field(default_factory=Relearning)
     retries: int = 2
     retry_crops: bool = False
+    partway: bool = True
     restarts: int = 3
     refined: int = 2
     evidence: float = 0.15
@@ -233,6 +237,7 @@ class MNP:
             count=count,
             prune_mode="weight",
             relearns="never",
+            partway=False,
             evidence=0.0,
         )
 
@@ -474,11 +479,14 @@ class _Run:
         options, retries = self.method.relearning, self.method.retries if exposure.triggers else 0
         relearnt = self._relearnt(way, exposure, options, generator)
         for _ in range(retries):
-            if relearnt is not None:
+            if self._last_try["taken"]:
                 break
-            self.diagnostics["relearning"][-1]["tried_again"] = True
+            self._last_try["tried_again"] = True
             options = self._gentler(options)
             relearnt = self._relearnt(way, exposure, options, generator)
+        if not self._last_try["taken"] and relearnt is not None:
+            goes = self.method.partway and exposure.triggers
+            relearnt = self._partway(relearnt, exposure.triggers) if goes else None
         if relearnt is None:
             return None
         self.survivor = relearnt
@@ -501,7 +509,7 @@ class _Run:
     def _relearnt(
         self, way: Way, exposure: _Exposure, options: Relearning, generator: torch.Generator
     ) -> nn.Module | None:
-        """Tune a copy of the survivors; None if that costs too much."""
+        """Return a tuned copy of the survivors, None if it cannot be tuned; the log says if it costs little."""
         method, model = self.method, self.pruned()
 
         def restrain(network: nn.Module) -> None:
@@ -518,14 +526,13 @@ class _Run:
             log.append({"exposure": way, "taken": False, "problem": str(error)})
             return None
         suspect, now = (accuracy_of(network, self.guarding) for network in (self.model, relearnt))
-        taken = now >= suspect - method.guard.accuracy - 1e-9
         successes = [
             largest_success(network, self.guarding, exposure.triggers) for network in (model, relearnt)
         ]
         log.append(
             {
                 "exposure": way,
-                "taken": taken,
+                "taken": self._costs_little(now, suspect),
                 "stamped_fraction": options.stamped_fraction,
                 "learning_rate": options.recipe.learning_rate,
                 "crop_padding": options.recipe.crop_padding,
@@ -535,7 +542,28 @@ class _Run:
                 "trigger_success": successes,
             }
         )
-        return relearnt if taken else None
+        return relearnt
+
+    def _partway(self, relearnt: nn.Module, triggers: Sequence[InvertedTrigger]) -> nn.Module | None:
+        """Go from the survivors towards ``relearnt`` as far as the guard allows; None for not at all."""
+        pruned, log = self.pruned(), self._last_try
+        for tenths in range(9, 0, -1):
+            share = tenths / 10
+            network = between(pruned, relearnt, share)
+            accuracy = accuracy_of(network, self.guarding)
+            if self._costs_little(accuracy, log["accuracy_of_the_suspect"]):
+                success = largest_success(network, self.guarding, triggers)
+                log["partway"] = {"share": share, "accuracy": accuracy, "trigger_success": success}
+                return network
+        return None
+
+    def _costs_little(self, accuracy: float, of_the_suspect: float) -> bool:
+        return accuracy >= of_the_suspect - self.method.guard.accuracy - 1e-9
+
+    @property
+    def _last_try(self) -> dict[str, Any]:
+        last: dict[str, Any] = self.diagnostics["relearning"][-1]
+        return last
 
     def _m1(
         self, model: nn.Module, data: LabelledImages, source: nn.Module, generator: torch.Generator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,6 +98,23 @@ def relearn(
     with torch.no_grad():
         restrain(relearnt)
     return relearnt, record
+
+
+@torch.no_grad()
+def between(model: nn.Module, other: nn.Module, share: float) -> nn.Module:
+    """Return a network whose weights and statistics lie ``share`` of the way from ``model`` to ``other``.
+
+    Args:
+        model: Left untouched.
+        other: A network of the same layers; left untouched.
+        share: In [0, 1].
+    """
+    network = copy.deepcopy(model)
+    ends = other.state_dict()
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.lerp_(ends[name].to(tensor), share)
+    return network
 
 
 def _step(

@@ -26,6 +26,13 @@ def test_what_was_not_relearnt_is_said(step: dict[str, Any], said: str) -> None:
     assert sentence.startswith("The relearning after inversion was not taken")
 
 
+def test_how_far_relearning_was_taken_is_said() -> None:
+    (sentence,) = refused_relearning([STEP | {"taken": False, "partway": {"share": 0.4}}])
+    assert sentence.startswith(
+        "The relearning after inversion was taken to 40% of the way: clean accuracy fell"
+    )
+
+
 def test_nothing_is_said_where_nothing_was_refused() -> None:
     assert refused_relearning([]) == refused_relearning([STEP]) == []
     # The first try cost too much, a gentler one did not.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from typing import Any, Literal
@@ -217,7 +218,7 @@ def test_what_is_not_pruned_relearns_to_ignore_the_trigger() -> None:
 @pytest.mark.parametrize("rate", [1.0, 1e30])
 def test_relearning_that_costs_too_much_is_not_taken(rate: float) -> None:
     wild = replace(RELEARNING.relearning.recipe, learning_rate=rate, epochs=1)
-    result = purify(replace(RELEARNING, relearning=Relearning(wild), retries=0))
+    result = purify(replace(RELEARNING, relearning=Relearning(wild), retries=0, partway=False))
     assert not relearnt(result)["taken"]
     for mine, theirs in zip(result.model.parameters(), PLANTED.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -256,6 +257,45 @@ def test_relearning_that_costs_too_much_is_tried_again_with_fewer_triggers(
     # Without triggers there is nothing to stamp less of.
     purify(replace(QUICK, relearns="always"))
     assert shares == [0.5]
+
+
+def test_relearning_that_costs_too_much_is_taken_as_far_as_the_guard_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def costly(model: Any, *others: Any, **options: Any) -> Any:  # noqa: ANN401
+        broken, record = relearn(model, *others, **options)
+        for parameter in broken.parameters():
+            parameter.data.zero_()
+        return broken, record
+
+    monkeypatch.setattr(mnp, "relearn", costly)
+    # As much as nine tenths of the way to nothing, and no further.
+    lenient = replace(RELEARNING, retries=1, rounds=1, guard=replace(RELEARNING.guard, accuracy=0.5))
+    result = purify(lenient)
+    first, last = result.diagnostics["relearning"]
+    assert "partway" not in first
+    assert not last["taken"]
+    found = last["partway"]
+    assert 0 < found["share"] < 1
+    allowed = last["accuracy_of_the_suspect"] - 0.5
+    assert last["accuracy"] < allowed <= found["accuracy"]
+    assert found["accuracy"] == accuracy_of(result.model, CLEAN)
+    for mine, theirs in zip(result.model.parameters(), PLANTED.model.parameters(), strict=True):
+        assert torch.allclose(mine, (1 - found["share"]) * theirs, atol=1e-6)
+    if found["share"] < 0.9:
+        assert accuracy_of(between_nothing(found["share"] + 0.1), CLEAN) < allowed
+    refused = purify(replace(lenient, partway=False))
+    assert "partway" not in refused.diagnostics["relearning"][-1]
+    for mine, theirs in zip(refused.model.parameters(), PLANTED.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def between_nothing(share: float) -> torch.nn.Module:
+    """Return the planted network with all parameters shrunk by ``share``."""
+    network = copy.deepcopy(PLANTED.model)
+    for parameter in network.parameters():
+        parameter.data.mul_(1 - share)
+    return network
 
 
 def test_relearning_waits_for_triggers_unless_it_is_always_wanted() -> None:

@@ -14,7 +14,7 @@ from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.groups import find_filters
 from unbackdoor.filters.mask import FilterMask
 from unbackdoor.inversion import InvertedTrigger
-from unbackdoor.purify.relearning import Relearning, relearn
+from unbackdoor.purify.relearning import Relearning, between, relearn
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.train import Recipe
 from unbackdoor.types import LabelledImages
@@ -41,6 +41,19 @@ class Brightness(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bright = self.lean * x.mean((1, 2, 3))
         return torch.stack([bright, -bright], dim=1)
+
+
+def test_a_network_between_two_has_weights_and_statistics_in_between() -> None:
+    one, other = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+    one.running_mean = torch.tensor([1.0, -2.0])
+    other.running_mean = torch.tensor([3.0, 2.0])
+    nn.init.constant_(other.weight, 5.0)
+    middle = between(one, other, 0.25)
+    assert middle.state_dict()["running_mean"].tolist() == [1.5, -1.0]
+    assert middle.state_dict()["weight"].tolist() == [2.0, 2.0]
+    assert middle.state_dict()["num_batches_tracked"] == 0
+    assert one.weight.tolist() == [1.0, 1.0]
+    assert other.weight.tolist() == [5.0, 5.0]
 
 
 def test_the_loss_is_the_divergence_from_the_answers_without_the_trigger() -> None:
