@@ -509,7 +509,7 @@ class _Run:
     def _relearnt(
         self, way: Way, exposure: _Exposure, options: Relearning, generator: torch.Generator
     ) -> nn.Module | None:
-        """Return a tuned copy of the survivors, None if it cannot be tuned; the log says if it costs little."""
+        """Return a tuned copy of the survivors, None if that fails; the log says if it costs little."""
         method, model = self.method, self.pruned()
 
         def restrain(network: nn.Module) -> None:
