@@ -68,8 +68,8 @@ class SAU:
     needs: ClassVar[str] = "clean images with labels"
 
     epochs: int = 30
-    batch_size: int = 32
-    learning_rate: float = 5e-4
+    batch_size: int = 128
+    learning_rate: float = 4e-4
     amsgrad: bool = True
     radius: float = 0.2
     adversarial_steps: int = 5
