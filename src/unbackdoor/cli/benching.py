@@ -126,7 +126,8 @@ def carry_out(
             # Another runner's answer to a wider question would answer the narrow one here, too.
             wait=WAIT,
         )
-        take_answers(cells, store, store.records())
+    # Those of another part or of an earlier call answer as well.
+    take_answers(cells, store, store.records())
     tally = _drive(cells, laboratory, store, place, title="questions", retry=again)
     there = plan.entries()
     absent = [name for name in plan.jobs if name in models and name not in there]

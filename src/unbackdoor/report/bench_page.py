@@ -26,7 +26,7 @@ from unbackdoor.report.run import Answer, Run
 from unbackdoor.report.tables import AVERAGE, Entry, Table, comma_separated, latex, markdown, shown
 
 STATES = ("ok", "refused", "failed", "missing")
-CIRCUMSTANCES = ("created", "unbackdoor", "git", "torch", "python", "device")
+CIRCUMSTANCES = ("created", "unbackdoor", "git", "torch", "python", "device", "carried_over")
 """What of a record says under which it came about."""
 
 OLDER_LONG = (

@@ -151,6 +151,11 @@ def test_an_answer_with_a_measurement_more_answers_the_question_without_it(
     assert wide["cell"].pop("oracle") is True
     assert plain["cell"] == wide["cell"]
     assert plain["after"] == wide["after"]
+    # So does one of an earlier call, of another part.
+    third = tmp_path / "runs" / "third"
+    for part in ("curves", "defences"):
+        done = run("bench", suite, "--out", third, "--part", part, "--only", "clean clp*")
+        assert (done.code, done.err.count("clean clp")) == (0, int(part == "curves")), done.err
     # Another run that asks the plain question alone takes it from there, too.
     suite.write_text(asked)
     (first / "records.jsonl").write_text(json.dumps({**wide, "cell": {}}) + "\n")

@@ -1,0 +1,68 @@
+"""The script that takes answers over from before an option, where the option could not have acted."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.defend import settings_of
+from unbackdoor.purify import MNP
+
+SCRIPT = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "carry_over.py"))
+
+
+def asked(**rest: Any) -> Cell:  # noqa: ANN401
+    return Cell(model="badnets", model_sha256="0" * 64, data="cifar10", method="mnp", **rest)
+
+
+def answer(seed: int, *taken: float) -> dict[str, Any]:
+    """Return a record of before the option whose tries of relearning were taken or not."""
+    settings = settings_of(MNP(partway=False))
+    assert "partway" not in settings
+    cell = asked(seed=seed, settings=settings)
+    notes = {"relearning.taken": bool(taken[0])} if len(taken) == 1 else {}
+    series = {"relearning.taken": list(taken)} if len(taken) > 1 else {}
+    return {"key": cell.key, "cell": cell.describe(), "status": "ok", "notes": notes, "series": series}
+
+
+@pytest.mark.parametrize(
+    ("taken", "refused"),
+    [
+        ((), False),
+        ((1.0,), False),
+        ((0.0,), True),
+        ((0.0, 0.0, 1.0), False),
+        ((0.0, 0.0, 0.0), True),
+        # Of two rounds the first was refused for good, or the second.
+        ((0.0, 0.0, 0.0, 1.0), True),
+        ((1.0, 0.0, 0.0, 0.0), True),
+        ((0.0, 1.0, 0.0, 1.0), False),
+    ],
+)
+def test_a_refusal_is_one_of_all_tries_in_a_row(taken: tuple[float, ...], refused: bool) -> None:
+    assert SCRIPT["was_refused"](answer(0, *taken)) == refused
+
+
+def test_answers_without_a_refusal_answer_todays_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    other = {"key": "k", "cell": {**asked().describe(), "method": "rnp"}, "status": "ok"}
+    rows = [answer(0, 1.0), answer(1, 0.0, 0.0, 0.0), other]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["carry_over.py", "--records", str(source), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    for _ in range(2):
+        SCRIPT["main"]()
+    (record,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert record["key"] == asked(settings=settings_of(MNP())).key
+    assert rows[0]["key"] in record["carried_over"]
+    said = capsys.readouterr().out
+    assert "refused: badnets seed 1" in said
+    assert "1 answers taken over" in said
