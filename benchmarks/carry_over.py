@@ -1,4 +1,8 @@
-"""Take answers about MNP over from before it had `partway` (ADR 15) acts only where the last try of a relearning is refused. An answer whose relearnings
+"""Take answers about MNP over from before it had `partway`, where that option could not have acted.
+
+    python benchmarks/carry_over.py --records results/defences-cpu/records.jsonl --out runs/carried.jsonl
+
+`partway` (ADR 15) acts only where the last try of a relearning is refused. An answer whose relearnings
 were all taken at some try, or that had none, would be the same with it: such a record is written again as
 an answer to the question with `partway=true`, and says where it comes from. Answers with a refusal are named
 and must be asked again. Keys that the output holds already are left alone.
