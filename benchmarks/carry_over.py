@@ -1,6 +1,7 @@
 """Take answers about MNP over from before it had `partway`, where that option could not have acted.
 
-    python benchmarks/carry_over.py --records results/defences-cpu/records.jsonl --out runs/carried.jsonl
+    python benchmarks/carry_over.py --records results/mnp-lasting.jsonl --out runs/carried.jsonl
+    cat runs/carried.jsonl >> runs/defences-cpu/records.jsonl
 
 `partway` (ADR 15) acts only where the last try of a relearning is refused. An answer whose relearnings
 were all taken at some try, or that had none, would be the same with it: such a record is written again as
@@ -22,6 +23,7 @@ OPTION, BEFORE = "partway", "retry_crops"
 """What came, and the option whose records are new enough to be taken over."""
 
 WHY = "asked before MNP had partway, which acts only where the last try of a relearning is refused: none was"
+"""Said of each; the question that was asked is named beside it."""
 
 
 def main() -> None:
@@ -31,7 +33,6 @@ def main() -> None:
     parser.add_argument("--records", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     out = Store(options.out)
     known, carried = set(out.records()), 0
     for path in options.records:
@@ -58,6 +59,7 @@ def concerns(record: Mapping[str, Any]) -> bool:
         record["status"] == "ok"
         and cell.get("method") == "mnp"
         and not cell.get("paper")
+        and OPTION not in cell.get("options", {})
         and BEFORE in settings
         and OPTION not in settings
     )
@@ -83,7 +85,8 @@ def carried_over(record: Mapping[str, Any]) -> dict[str, Any]:
         **record,
         "cell": cell,
         "key": Cell(**cell).key,
-        "carried_over": f"{WHY} (question {record['key']})",
+        "carried_over": WHY,
+        "carried_from": record["key"],
     }
 
 

@@ -201,9 +201,9 @@ class _Run:
 
     def keep(self, task: Task, outcome: Record | Lost) -> None:
         if isinstance(outcome, Lost):
-            # The worker is gone: its device is unknown, its code was that of this process.
-            problem = {"status": "failed", "problem": outcome.reason, "task": task.label}
-            outcome = {"key": task.key, **versions(), "created": now(), **problem}
+            # The worker is gone: its device is unknown, its code is taken to be that of this process.
+            ending = {"status": "failed", "problem": outcome.reason, "task": task.label}
+            outcome = {"key": task.key, **versions(), "created": now(), **ending}
             if describe := getattr(task, "describe", None):
                 outcome["cell"] = describe()
         self.store.add(outcome)

@@ -114,6 +114,8 @@ def carry_out(
     cells = [cell for _, cell in plan.cells().values() if not only or fits_any(cell.label, only)]
     again = ("failed",) if retry else ()
     keys = {cell.key for cell in cells}
+    # Wider answers, also of another part or an earlier call, answer these.
+    take_answers(cells, store, store.records())
     if wide := {one.key: one for cell in cells for one in cell.wider() if one.key in keys}:
         # What they measure on top costs less than asking the rest of it a second time.
         _drive(
@@ -126,8 +128,7 @@ def carry_out(
             # Another runner's answer to a wider question would answer the narrow one here, too.
             wait=WAIT,
         )
-    # Those of another part or of an earlier call answer as well.
-    take_answers(cells, store, store.records())
+        take_answers(cells, store, store.records())
     tally = _drive(cells, laboratory, store, place, title="questions", retry=again)
     there = plan.entries()
     absent = [name for name in plan.jobs if name in models and name not in there]
@@ -175,20 +176,24 @@ def take_answers(cells: Sequence[Cell], store: Store, found: Mapping[str, Record
 
     Args:
         cells: The questions.
-        store: Where answers are added that it lacks.
+        store: Where answers are added that it lacks, or that failed there.
         found: Records by key; what failed is passed over.
     """
     there, taken = store.records(), 0
     for cell in cells:
         record = _answer_to(cell, found)
-        if record is None or cell.key in there:
+        if record is None or _is_answered(cell, there):
             continue
         with store.claim(cell.key) as mine:
             # Whoever holds it answers it, or is taking over the same answer.
-            if mine and cell.key not in (there := store.records()):
+            if mine and not _is_answered(cell, there := store.records()):
                 store.add(record)
                 taken += 1
     return taken
+
+
+def _is_answered(cell: Cell, records: Mapping[str, Record]) -> bool:
+    return cell.key in records and records[cell.key]["status"] != "failed"
 
 
 def _answer_to(cell: Cell, found: Mapping[str, Record]) -> Record | None:

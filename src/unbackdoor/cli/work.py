@@ -110,7 +110,7 @@ def purify_document(
             *warnings,
             *price(before, after, len(learning)),
             *weak_evidence(diagnostics.get("evidence", {})),
-            *refused_relearning(diagnostics.get("relearning", [])),
+            *relearning_cut_short(diagnostics.get("relearning", [])),
             *remaining_triggers(diagnostics.get("relearning", []), learning.name_of),
         ],
         limits=list(PURIFY_LIMITS),
@@ -150,29 +150,31 @@ def weak_evidence(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def refused_relearning(log: Sequence[Mapping[str, Any]]) -> list[str]:
+def relearning_cut_short(log: Sequence[Mapping[str, Any]]) -> list[str]:
     """Say where a trigger was found and what relearnt to ignore it was not taken whole, so that it may work.
 
     Args:
-        log: MNP's diagnostics of each relearning.
+        log: MNP's diagnostics of each relearning; of several rounds after one exposure the last one counts.
     """
+    last = {step["exposure"]: step for step in log}
     return [
-        f"The relearning after {step['exposure']} was {_taken_so_far(step)}: "
-        + (
-            step["problem"].rstrip(".")
-            if "problem" in step
-            else f"clean accuracy fell from {step['accuracy_of_the_suspect']:.1%} to {step['accuracy']:.1%}"
-        )
-        + "; the trigger that was found may still work. Allow more with --set guard.accuracy, or lower "
-        "--set relearning.recipe.learning_rate."
-        for step in log
-        if not step["taken"] and not step.get("tried_again")
+        f"The relearning after {way} was {_taken_so_far(step)}; the trigger that was found may still work. "
+        "Allow more with --set guard.accuracy, or lower --set relearning.recipe.learning_rate."
+        for way, step in last.items()
+        if not step["taken"]
     ]
 
 
 def _taken_so_far(step: Mapping[str, Any]) -> str:
-    way = step.get("partway")
-    return f"taken to {way['share']:.0%} of the way" if way else "not taken"
+    if "problem" in step:
+        return f"not taken: {step['problem'].rstrip('.')}"
+    before, whole = f"{step['accuracy_of_the_suspect']:.1%}", f"{step['accuracy']:.1%}"
+    if not step.get("share"):
+        return f"not taken: clean accuracy fell from {before} to {whole}"
+    return (
+        f"taken {step['share']:.0%} of the way, where clean accuracy goes from {before} to "
+        f"{step['accuracy_kept']:.1%}, since all of it would leave {whole}"
+    )
 
 
 def remaining_triggers(log: Sequence[Mapping[str, Any]], name_of: Callable[[int], str]) -> list[str]:

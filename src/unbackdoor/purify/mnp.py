@@ -79,15 +79,16 @@ class MNP:
             suppression, since it would cost clean accuracy for nothing. Above 1: all ways are always taken.
         relearns: When the survivors are tuned: ``never``, as in the paper; if ``triggers`` were found; or
             ``always``, after suppression too, on clean images alone. A model that lost more clean accuracy
-            than the guard allows is not taken.
+            than the guard allows is not taken whole; see ``partway``.
         relearning: How.
         retries: How often relearning on triggers that cost more clean accuracy than the guard allows is tried
             again, each time with half of the stamped share of its batches.
         retry_crops: Crop the images in these tries, too, as the recipe says. While the survivors learn, norms
             take the statistics of what they are shown: where crops cost too much, images as they are do not.
-        partway: Where the last try cost too much as well, go from the pruned network towards it, by tenths,
-            as far as the guard allows: weights and statistics in between (Wortsman et al., CVPR 2022, arXiv
-            2109.01903) keep part of what was relearnt for less accuracy. With ``triggers`` only.
+        partway: Where the last try cost too much as well, go from what was there before towards it, by
+            tenths, as far as the guard allows: weights and statistics in between (Wortsman et al., CVPR 2022,
+            arXiv 2109.01903) keep part of what was relearnt for less accuracy. With triggers only, and not
+            where that try could not be tuned at all.
         restarts: How often triggers are inverted once more, from other random starts, before anything is
             removed: one is seldom the attacker's, several cover more of what works.
         refined: How many classes, from the one with the smallest patch, are inverted so often before any is
@@ -416,7 +417,7 @@ class _Run:
                 return None if turn == 0 else 0.0
             if not exposure.triggers or self.method.rounds == 1:
                 return relieved
-            log = self.diagnostics["relearning"][-1]
+            log = self._last_try
             classes = sorted({trigger.target_class for trigger in exposure.triggers})
             left = self._inverted(way, self.pruned(), classes, exposure.limit, log, generator)
             log["left"] = [trigger.target_class for trigger in left]
@@ -509,7 +510,7 @@ class _Run:
     def _relearnt(
         self, way: Way, exposure: _Exposure, options: Relearning, generator: torch.Generator
     ) -> nn.Module | None:
-        """Return a tuned copy of the survivors, None if that fails; the log says if it costs little."""
+        """Return a tuned copy of the survivors, None if that fails; the log says if it is taken whole."""
         method, model = self.method, self.pruned()
 
         def restrain(network: nn.Module) -> None:
@@ -523,16 +524,18 @@ class _Run:
             )  # fmt: skip
         except UnsupportedModelError as error:
             # What was pruned is worth keeping, even where the network cannot be tuned.
-            log.append({"exposure": way, "taken": False, "problem": str(error)})
+            log.append({"exposure": way, "taken": False, "share": 0.0, "problem": str(error)})
             return None
         suspect, now = (accuracy_of(network, self.guarding) for network in (self.model, relearnt))
+        taken = self._is_allowed(now, suspect)
         successes = [
             largest_success(network, self.guarding, exposure.triggers) for network in (model, relearnt)
         ]
         log.append(
             {
                 "exposure": way,
-                "taken": self._costs_little(now, suspect),
+                "taken": taken,
+                "share": float(taken),
                 "stamped_fraction": options.stamped_fraction,
                 "learning_rate": options.recipe.learning_rate,
                 "crop_padding": options.recipe.crop_padding,
@@ -551,13 +554,13 @@ class _Run:
             share = tenths / 10
             network = between(pruned, relearnt, share)
             accuracy = accuracy_of(network, self.guarding)
-            if self._costs_little(accuracy, log["accuracy_of_the_suspect"]):
+            if self._is_allowed(accuracy, log["accuracy_of_the_suspect"]):
                 success = largest_success(network, self.guarding, triggers)
-                log["partway"] = {"share": share, "accuracy": accuracy, "trigger_success": success}
+                log |= {"share": share, "accuracy_kept": accuracy, "trigger_success_left": success}
                 return network
         return None
 
-    def _costs_little(self, accuracy: float, of_the_suspect: float) -> bool:
+    def _is_allowed(self, accuracy: float, of_the_suspect: float) -> bool:
         return accuracy >= of_the_suspect - self.method.guard.accuracy - 1e-9
 
     @property

@@ -45,7 +45,7 @@ class NC:
     ``selection``; ``own`` is the paper's rule, from the top until the trigger stops working.
 
     Args:
-        inversion: How triggers are inverted; with enough steps that every class ends by itself.
+        inversion: How triggers are inverted; for long enough that classes mostly end by themselves.
         anomaly_threshold: Classes with a larger index are flagged; the paper's 2.
         fewest_classes: With fewer valid norms nothing is flagged: their median says nothing.
         act_on: ``flagged`` classes, or the class with the ``smallest`` norm if none is flagged.

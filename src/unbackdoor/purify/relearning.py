@@ -110,10 +110,14 @@ def between(model: nn.Module, other: nn.Module, share: float) -> nn.Module:
         share: In [0, 1].
     """
     network = copy.deepcopy(model)
-    ends = other.state_dict()
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.lerp_(ends[name].to(tensor), share)
+    # By parameter and buffer: a state dict names tied weights twice, and leaves some buffers out.
+    for mine, others in (
+        (network.named_parameters(), dict(other.named_parameters())),
+        (network.named_buffers(), dict(other.named_buffers())),
+    ):
+        for name, tensor in mine:
+            if tensor.is_floating_point():
+                tensor.lerp_(others[name].to(tensor), share)
     return network
 
 

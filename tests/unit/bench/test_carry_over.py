@@ -49,6 +49,13 @@ def test_a_refusal_is_one_of_all_tries_in_a_row(taken: tuple[float, ...], refuse
     assert SCRIPT["was_refused"](answer(0, *taken)) == refused
 
 
+def test_whoever_asked_without_the_option_is_not_answered_with_it() -> None:
+    record = answer(0, 1.0)
+    assert SCRIPT["concerns"](record)
+    record["cell"]["options"] = {"partway": "false"}
+    assert not SCRIPT["concerns"](record)
+
+
 def test_answers_without_a_refusal_answer_todays_question(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,7 +69,8 @@ def test_answers_without_a_refusal_answer_todays_question(
         SCRIPT["main"]()
     (record,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert record["key"] == asked(settings=settings_of(MNP())).key
-    assert rows[0]["key"] in record["carried_over"]
+    assert record["carried_from"] == rows[0]["key"]
+    assert "partway" in record["carried_over"]
     said = capsys.readouterr().out
     assert "refused: badnets seed 1" in said
     assert "1 answers taken over" in said

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from unbackdoor import rng
-from unbackdoor.cli.work import _doubts, price, refused_relearning, remaining_triggers, weak_evidence
+from unbackdoor.cli.work import _doubts, price, relearning_cut_short, remaining_triggers, weak_evidence
 from unbackdoor.detect import plausibility
 from unbackdoor.rates import Rate
 from unbackdoor.testing import planted_backdoor
@@ -21,22 +21,27 @@ STEP = {"exposure": "inversion", "taken": True, "accuracy_of_the_suspect": 0.9, 
     ],
 )
 def test_what_was_not_relearnt_is_said(step: dict[str, Any], said: str) -> None:
-    (sentence,) = refused_relearning([STEP, step])
+    (sentence,) = relearning_cut_short([STEP, step])
     assert said in sentence
     assert sentence.startswith("The relearning after inversion was not taken")
 
 
 def test_how_far_relearning_was_taken_is_said() -> None:
-    (sentence,) = refused_relearning([STEP | {"taken": False, "partway": {"share": 0.4}}])
-    assert sentence.startswith(
-        "The relearning after inversion was taken to 40% of the way: clean accuracy fell"
-    )
+    (sentence,) = relearning_cut_short([STEP | {"taken": False, "share": 0.4, "accuracy_kept": 0.89}])
+    assert "was taken 40% of the way, where clean accuracy goes from 90.0% to 89.0%, since all" in sentence
+    assert "would leave 80.0%" in sentence
+
+
+def test_of_several_rounds_the_last_one_is_spoken_of() -> None:
+    partly = STEP | {"taken": False, "share": 0.4, "accuracy_kept": 0.89}
+    assert relearning_cut_short([partly, STEP]) == []
+    assert len(relearning_cut_short([partly, partly, STEP | {"exposure": "warp"}])) == 1
 
 
 def test_nothing_is_said_where_nothing_was_refused() -> None:
-    assert refused_relearning([]) == refused_relearning([STEP]) == []
+    assert relearning_cut_short([]) == relearning_cut_short([STEP]) == []
     # The first try cost too much, a gentler one did not.
-    assert refused_relearning([STEP | {"taken": False, "tried_again": True}, STEP]) == []
+    assert relearning_cut_short([STEP | {"taken": False, "tried_again": True}, STEP]) == []
 
 
 def test_triggers_that_the_last_round_left_are_named() -> None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from unbackdoor import rng
+from unbackdoor.bench.recording import series
 from unbackdoor.compute import accuracy_of, predictions_of
 from unbackdoor.errors import InvalidInputError
+from unbackdoor.filters.groups import find_filters
 from unbackdoor.filters.select import Guard
 from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.masks import MaskTraining
@@ -215,10 +217,10 @@ def test_what_is_not_pruned_relearns_to_ignore_the_trigger() -> None:
     json.dumps(result.diagnostics, allow_nan=False)
 
 
-@pytest.mark.parametrize("rate", [1.0, 1e30])
-def test_relearning_that_costs_too_much_is_not_taken(rate: float) -> None:
+@pytest.mark.parametrize(("rate", "partway"), [(1.0, False), (1e30, True)])
+def test_relearning_that_costs_too_much_is_not_taken(rate: float, partway: bool) -> None:
     wild = replace(RELEARNING.relearning.recipe, learning_rate=rate, epochs=1)
-    result = purify(replace(RELEARNING, relearning=Relearning(wild), retries=0, partway=False))
+    result = purify(replace(RELEARNING, relearning=Relearning(wild), retries=0, partway=partway))
     assert not relearnt(result)["taken"]
     for mine, theirs in zip(result.model.parameters(), PLANTED.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -259,43 +261,74 @@ def test_relearning_that_costs_too_much_is_tried_again_with_fewer_triggers(
     assert shares == [0.5]
 
 
-def test_relearning_that_costs_too_much_is_taken_as_far_as_the_guard_allows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def costly(model: Any, *others: Any, **options: Any) -> Any:  # noqa: ANN401
-        broken, record = relearn(model, *others, **options)
-        for parameter in broken.parameters():
-            parameter.data.zero_()
-        return broken, record
-
-    monkeypatch.setattr(mnp, "relearn", costly)
-    # As much as nine tenths of the way to nothing, and no further.
-    lenient = replace(RELEARNING, retries=1, rounds=1, guard=replace(RELEARNING.guard, accuracy=0.5))
-    result = purify(lenient)
-    first, last = result.diagnostics["relearning"]
-    assert "partway" not in first
-    assert not last["taken"]
-    found = last["partway"]
-    assert 0 < found["share"] < 1
-    allowed = last["accuracy_of_the_suspect"] - 0.5
-    assert last["accuracy"] < allowed <= found["accuracy"]
-    assert found["accuracy"] == accuracy_of(result.model, CLEAN)
-    for mine, theirs in zip(result.model.parameters(), PLANTED.model.parameters(), strict=True):
-        assert torch.allclose(mine, (1 - found["share"]) * theirs, atol=1e-6)
-    if found["share"] < 0.9:
-        assert accuracy_of(between_nothing(found["share"] + 0.1), CLEAN) < allowed
-    refused = purify(replace(lenient, partway=False))
-    assert "partway" not in refused.diagnostics["relearning"][-1]
-    for mine, theirs in zip(refused.model.parameters(), PLANTED.model.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
-
-
-def between_nothing(share: float) -> torch.nn.Module:
+def shrunk(share: float) -> torch.nn.Module:
     """Return the planted network with all parameters shrunk by ``share``."""
     network = copy.deepcopy(PLANTED.model)
     for parameter in network.parameters():
         parameter.data.mul_(1 - share)
     return network
+
+
+def shrinking(monkeypatch: pytest.MonkeyPatch, *factors: float) -> None:
+    """Let each relearning end in the network times the next factor; the last one stays."""
+    left = list(factors)
+
+    def costly(model: Any, *others: Any, **options: Any) -> Any:  # noqa: ANN401
+        broken, record = relearn(model, *others, **options)
+        factor = left.pop(0) if len(left) > 1 else left[0]
+        before = dict(model.named_parameters())
+        for name, parameter in broken.named_parameters():
+            parameter.data.copy_(factor * before[name].data)
+        return broken, record
+
+    monkeypatch.setattr(mnp, "relearn", costly)
+
+
+def test_relearning_that_costs_too_much_is_taken_as_far_as_the_guard_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shrinking(monkeypatch, 0.0)
+    accuracies = [accuracy_of(shrunk(tenths / 10), CLEAN) for tenths in range(11)]
+    # The bound lies between what two and three tenths of the way keep.
+    assert accuracies[2] > accuracies[3] > accuracies[10]
+    bound = (accuracies[2] + accuracies[3]) / 2
+    lenient = replace(RELEARNING.guard, accuracy=accuracies[0] - bound)
+    method = replace(RELEARNING, retries=1, rounds=1, guard=lenient)
+    result = purify(method)
+    first, last = result.diagnostics["relearning"]
+    assert (first["taken"], first["share"], last["taken"]) == (False, 0.0, False)
+    assert last["share"] == 0.2
+    assert last["accuracy_kept"] == accuracy_of(result.model, CLEAN)
+    for mine, theirs in zip(result.model.parameters(), shrunk(0.2).parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-6)
+    kept = series(result.diagnostics)["relearning.share"]
+    assert kept == [0.0, 0.2], "a record does not say how far it went"
+    refused = purify(replace(method, partway=False))
+    assert refused.diagnostics["relearning"][-1]["share"] == 0.0
+    for mine, theirs in zip(refused.model.parameters(), PLANTED.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_nothing_is_taken_where_no_tenth_of_the_way_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A tenth of the way to minus a thousand times itself turns every answer round.
+    shrinking(monkeypatch, -1000.0)
+    result = purify(replace(RELEARNING, rounds=1))
+    assert [step["share"] for step in result.diagnostics["relearning"]] == [0.0, 0.0, 0.0]
+    for mine, theirs in zip(result.model.parameters(), PLANTED.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_what_was_removed_stays_removed_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrinking(monkeypatch, 0.0)
+    lenient = replace(RELEARNING.guard, accuracy=0.6)
+    result = purify(replace(RELEARNING, count=3, rounds=1, retries=0, guard=lenient))
+    assert removed(result) == 3
+    assert 0 < relearnt(result)["share"] < 1
+    assert result.mask is not None
+    again = copy.deepcopy(result.model)
+    result.mask.clear(again, find_filters(again, CLEAN.floats()[:1]), prune_mode=RELEARNING.prune_mode)
+    for mine, theirs in zip(result.model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_relearning_waits_for_triggers_unless_it_is_always_wanted() -> None:

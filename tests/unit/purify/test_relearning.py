@@ -56,6 +56,19 @@ def test_a_network_between_two_has_weights_and_statistics_in_between() -> None:
     assert other.weight.tolist() == [5.0, 5.0]
 
 
+def test_tied_weights_and_unsaved_buffers_go_as_far_as_the_others() -> None:
+    def tied(value: float) -> nn.Module:
+        layer = nn.Linear(2, 2)
+        nn.init.constant_(layer.weight, value)
+        layer.register_buffer("unsaved", torch.full((2,), value), persistent=False)
+        return nn.Sequential(layer, layer)
+
+    middle = between(tied(0.0), tied(1.0), 0.5)
+    assert middle[0].weight is middle[1].weight  # type: ignore[index]
+    assert middle[0].weight.tolist() == [[0.5, 0.5], [0.5, 0.5]]  # type: ignore[index]
+    assert middle[0].unsaved.tolist() == [0.5, 0.5]  # type: ignore[index]
+
+
 def test_the_loss_is_the_divergence_from_the_answers_without_the_trigger() -> None:
     images = torch.full((4, 3, 16, 16), 0.2)
     data = LabelledImages(images, torch.zeros(4, dtype=torch.int64))
