@@ -236,7 +236,8 @@ def test_the_names_of_a_suites_variants_head_its_columns(tmp_path: Path) -> None
         "MNP", "MNP [guard off]", "MNP [patches alone]", "MNP [faint changes alone]", "MNP [warps alone]",
         "MNP [suppression alone]", "MNP [all ways always]", "MNP [suppression acts on little evidence]",
         "MNP [guard asks for no benefit]",
-        "MNP [no relearning]", "MNP [relearning always]", "MNP [relearning once]", "MNP [relearning alone]",
+        "MNP [no relearning]", "MNP [relearning always]", "MNP [relearning once]",
+        "MNP [relearning whole or not at all]", "MNP [relearning alone]",
     ]  # fmt: skip
     titles = [column.title for column in objectives.columns]
     assert {"MNP [no suppression]", "MNP [no penalty]", "MNP [no preserving]"} <= set(titles)
