@@ -71,7 +71,7 @@ class GUP:
     source: ClassVar[str] = "Dunnett et al. 2024, arXiv 2405.03918 (reconstruction)"
     needs: ClassVar[str] = "clean images with labels"
 
-    inversion: Inversion = field(default_factory=lambda: Inversion(steps=600))
+    inversion: Inversion = field(default_factory=Inversion)
     anomaly_threshold: float = 2.0
     fewest_classes: int = 5
     triggered_weight: float = 1.0

@@ -45,7 +45,7 @@ class NC:
     ``selection``; ``own`` is the paper's rule, from the top until the trigger stops working.
 
     Args:
-        inversion: How triggers are inverted; for long enough that classes mostly end by themselves.
+        inversion: How triggers are inverted.
         anomaly_threshold: Classes with a larger index are flagged; the paper's 2.
         fewest_classes: With fewer valid norms nothing is flagged: their median says nothing.
         act_on: ``flagged`` classes, or the class with the ``smallest`` norm if none is flagged.
@@ -61,7 +61,7 @@ class NC:
     source: ClassVar[str] = "Wang et al. 2019, IEEE S&P"
     needs: ClassVar[str] = "clean images with labels"
 
-    inversion: Inversion = field(default_factory=lambda: Inversion(steps=600))
+    inversion: Inversion = field(default_factory=Inversion)
     anomaly_threshold: float = 2.0
     fewest_classes: int = 5
     act_on: Literal["flagged", "smallest"] = "flagged"
