@@ -222,7 +222,13 @@ def cell_of(
 
 
 LATER_OPTIONS = {
-    "mnp": {"relearning.path_radius": "0", "evidence": "0", "retry_crops": "true", "partway": "false"}
+    "mnp": {
+        "relearning.path_radius": "0",
+        "evidence": "0",
+        "evidence_together": "1",
+        "retry_crops": "true",
+        "partway": "false",
+    }
 }
 """Options that came after the first records, with what was meant before: equal questions keep their keys."""
 

@@ -145,8 +145,8 @@ def weak_evidence(found: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"Suppression exposed {found['filters']} filters, as it does in clean models, too: none gives back "
-        f"more than {found['largest_benefit']:.0%} of what it broke, so all were kept. Remove them all the "
-        "same with --set evidence=0."
+        f"more than {found['largest_benefit']:.0%} of what it broke, nor all of them more than "
+        f"{found['benefit']:.0%}, so all were kept. Remove them all the same with --set evidence=0."
     ]
 
 

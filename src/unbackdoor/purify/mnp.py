@@ -98,6 +98,8 @@ class MNP:
             share of the suppressed copy's loss away, in [0, 1). Suppression exposes filters in clean models
             too, where each helps a little; in a backdoored one some carry much of the backdoor. With
             ``amount`` = ``guarded`` only; 0 removes them without.
+        evidence_together: Or if all of them together take at least this share away, in (0, 1]: of a backdoor
+            that is spread over several filters no single one may hold enough.
         rounds: How often at most the survivors relearn in each way. Between rounds, triggers of the
             suspicious classes are inverted anew: what one trigger taught may leave others that work as well.
             It ends when none of these is suspicious by the norms of the first inversion.
@@ -151,6 +153,7 @@ class MNP:
     restarts: int = 3
     refined: int = 2
     evidence: float = 0.15
+    evidence_together: float = 0.6
     rounds: int = 4
     act_on: Literal["flagged", "smallest"] = "flagged"
     suppression: Suppression = field(default_factory=Suppression)
@@ -198,6 +201,8 @@ class MNP:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
         if not 0 <= self.evidence < 1:
             raise InvalidInputError(f"evidence must lie in [0, 1), got {self.evidence}.")
+        if not 0 < self.evidence_together <= 1:
+            raise InvalidInputError(f"evidence_together must lie in (0, 1], got {self.evidence_together}.")
         if self.rounds < 1 or min(self.restarts, self.refined, self.retries) < 0:
             raise InvalidInputError(
                 f"rounds must be at least 1, restarts, refined and retries 0; got {self.rounds}, "
@@ -240,6 +245,7 @@ class MNP:
             relearns="never",
             partway=False,
             evidence=0.0,
+            evidence_together=1.0,
         )
 
     def purify(
@@ -466,11 +472,12 @@ class _Run:
     def _convincing(self, steps: Sequence[Step]) -> dict[str, Any]:
         """Say what the walk on the suppressed copy found, and whether that is enough to act on."""
         benefits = [step.benefit for step in steps if step.removed and not math.isnan(step.benefit)]
-        largest = max(benefits, default=0.0)
-        taken = not benefits or largest >= self.method.evidence
+        largest, together = max(benefits, default=0.0), math.fsum(benefits)
+        enough = largest >= self.method.evidence or together >= self.method.evidence_together
+        taken = not benefits or enough
         return {
             "largest_benefit": largest,
-            "benefit": math.fsum(benefits),
+            "benefit": together,
             "filters": len(benefits),
             "taken": taken,
         }

@@ -23,8 +23,8 @@ def asked(**rest: Any) -> Cell:  # noqa: ANN401
 
 def answer(seed: int, *taken: float) -> dict[str, Any]:
     """Return a record of before the option whose tries of relearning were taken or not."""
-    settings = settings_of(MNP(partway=False))
-    assert "partway" not in settings
+    settings = settings_of(MNP(partway=False, evidence_together=1.0))
+    assert not {"partway", "evidence_together"} & settings.keys()
     cell = asked(seed=seed, settings=settings)
     notes = {"relearning.taken": bool(taken[0])} if len(taken) == 1 else {}
     series = {"relearning.taken": list(taken)} if len(taken) > 1 else {}
@@ -52,8 +52,20 @@ def test_a_refusal_is_one_of_all_tries_in_a_row(taken: tuple[float, ...], refuse
 def test_whoever_asked_without_the_option_is_not_answered_with_it() -> None:
     record = answer(0, 1.0)
     assert SCRIPT["concerns"](record)
-    record["cell"]["options"] = {"partway": "false"}
+    record["cell"]["options"] = {"partway": "false", "evidence_together": "1"}
     assert not SCRIPT["concerns"](record)
+
+
+@pytest.mark.parametrize(
+    ("taken", "together", "acted"),
+    [(True, 0.9, False), (False, 0.3, False), (False, 0.7, True), (None, None, False)],
+)
+def test_filters_that_tell_enough_together_today_must_be_asked_again(
+    taken: bool | None, together: float | None, acted: bool
+) -> None:
+    record = answer(0)
+    record["notes"] = {"evidence.taken": taken, "evidence.benefit": together} if taken is not None else {}
+    assert SCRIPT["was_kept"](record) == acted
 
 
 def test_answers_without_a_refusal_answer_todays_question(
@@ -72,5 +84,5 @@ def test_answers_without_a_refusal_answer_todays_question(
     assert record["carried_from"] == rows[0]["key"]
     assert "partway" in record["carried_over"]
     said = capsys.readouterr().out
-    assert "refused: badnets seed 1" in said
+    assert "partway could act: badnets seed 1" in said
     assert "1 answers taken over" in said
