@@ -1,12 +1,13 @@
-"""Take answers about MNP over from before options that could not have acted there.
+"""Take answers about MNP's default over from before two options, where these could not have acted.
 
     python benchmarks/carry_over.py --records results/mnp-lasting.jsonl --out runs/carried.jsonl
     cat runs/carried.jsonl >> runs/defences-cpu/records.jsonl
 
-`partway` (ADR 15) acts only where the last try of a relearning is refused, `evidence_together` (ADR 14) only
-where filters that suppression exposed were kept. An answer in which neither happened would be the same today:
-such a record is written again as an answer to today's question, and says where it comes from. Answers where
-one did are named and must be asked again. Keys that the output holds already are left alone.
+`partway` (ADR 15) acts only where the last try of a relearning is refused, and `evidence` (ADR 14), which
+asks another thing than before, only where suppression was used and both decide differently. An answer without
+either would be the same today: it is written again as an answer to today's question, and says where it comes
+from. Where one could act, the answer is named and must be asked again. Keys that the output holds already are
+left alone.
 """
 
 from __future__ import annotations
@@ -21,10 +22,7 @@ from unbackdoor.bench.defend import settings_of
 from unbackdoor.bench.store import Store
 from unbackdoor.purify import MNP
 
-BEFORE = "retry_crops"
-"""Records with this option are new enough."""
-
-WHY = "asked before MNP had {}, which could not have acted here"
+WHY = "asked with other defaults of partway and evidence, which made no difference here"
 """Said of each; the question that was asked is named beside it."""
 
 
@@ -41,13 +39,12 @@ def main() -> None:
         for record in Store(path).records().values():
             if not concerns(record):
                 continue
-            cell = record["cell"]
-            if acted := [option for option in lacking(record) if ACTED[option](record)]:
-                question = f"{cell['model']} seed {cell['seed']} {dict(cell['options'])}"
-                print(f"to be asked again, {' and '.join(acted)} could act: {question}")
-                continue
-            new = carried_over(record)
-            if new["key"] not in known:
+            cell, new = record["cell"], carried_over(record)
+            if acted := [option for option, could_act in ACTED.items() if could_act(record)]:
+                print(
+                    f"to be asked again, {' and '.join(acted)} could act: {cell['model']} seed {cell['seed']}"
+                )
+            elif new["key"] not in known:
                 known.add(new["key"])
                 out.add(new)
                 carried += 1
@@ -55,25 +52,22 @@ def main() -> None:
 
 
 def concerns(record: Mapping[str, Any]) -> bool:
-    """Say whether a record is an answer of MNP that lacks one of the options, and is new enough."""
-    cell = record.get("cell", {})
-    return (
-        record["status"] == "ok"
-        and cell.get("method") == "mnp"
-        and not cell.get("paper")
-        and BEFORE in cell["settings"]
-        and bool(lacking(record))
-    )
+    """Say whether a record is about MNP's default of before, with other values of these options alone."""
+    cell, today = record.get("cell", {}), settings_of(MNP())
+    if record["status"] != "ok" or cell.get("method") != "mnp" or cell["paper"] or cell["options"]:
+        return False
+    return cell["settings"] != today and others(cell["settings"]) == others(today)
 
 
-def lacking(record: Mapping[str, Any]) -> list[str]:
-    """Return the options that were not there, or not asked for, when the record was made."""
-    cell = record["cell"]
-    return [o for o in ACTED if o not in cell["settings"] and o not in cell.get("options", {})]
+def others(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings without the options, one of which was two for a day."""
+    return {name: value for name, value in settings.items() if name not in (*ACTED, "evidence_together")}
 
 
 def was_refused(record: Mapping[str, Any]) -> bool:
-    """Say whether the last try of some relearning was refused."""
+    """Say whether the last try of some relearning was refused, and not gone towards."""
+    if record["cell"]["settings"].get("partway") == "true":
+        return False
     name = "relearning.taken"
     course = record.get("series", {}).get(name, [record.get("notes", {}).get(name, True)])
     most = int(record["cell"]["settings"]["retries"])
@@ -85,27 +79,27 @@ def was_refused(record: Mapping[str, Any]) -> bool:
     return refused_in_a_row > 0
 
 
-def was_kept(record: Mapping[str, Any]) -> bool:
-    """Say whether what suppression exposed was kept although it takes as much away as is enough today."""
+def was_judged_otherwise(record: Mapping[str, Any]) -> bool:
+    """Say whether what suppression exposed was removed then and would be kept today, or the reverse."""
     notes = record.get("notes", {})
-    together = notes.get("evidence.benefit") or 0.0
-    return notes.get("evidence.taken") is False and together >= MNP().evidence_together
+    if "evidence.taken" not in notes:
+        return False
+    today = not notes["evidence.filters"] or notes["evidence.benefit"] >= MNP().evidence
+    return bool(notes["evidence.taken"]) != today
 
 
-ACTED = {"partway": was_refused, "evidence_together": was_kept}
-"""The options that came, and whether one could have acted."""
+ACTED = {"partway": was_refused, "evidence": was_judged_otherwise}
+"""The options, and whether one could have acted."""
 
 
 def carried_over(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record as an answer to the question with the options."""
-    today, came = settings_of(MNP()), lacking(record)
-    settings = {**record["cell"]["settings"], **{option: today[option] for option in came}}
-    cell = {**record["cell"], "settings": settings}
+    """Return the record as an answer to today's question."""
+    cell = {**record["cell"], "settings": settings_of(MNP())}
     return {
         **record,
         "cell": cell,
         "key": Cell(**cell).key,
-        "carried_over": WHY.format(" and ".join(came)),
+        "carried_over": WHY,
         "carried_from": record.get("carried_from", record["key"]),
     }
 

@@ -225,7 +225,6 @@ LATER_OPTIONS = {
     "mnp": {
         "relearning.path_radius": "0",
         "evidence": "0",
-        "evidence_together": "1",
         "retry_crops": "true",
         "partway": "false",
     }

@@ -136,7 +136,7 @@ def price(before: Rate, after: Rate, learnt_from: int) -> list[str]:
 
 
 def weak_evidence(found: Mapping[str, Any]) -> list[str]:
-    """Say that filters which suppression exposed stay, since none of them tells enough.
+    """Say that filters which suppression exposed stay, since they tell too little.
 
     Args:
         found: MNP's diagnostics of what suppression exposed.
@@ -144,9 +144,9 @@ def weak_evidence(found: Mapping[str, Any]) -> list[str]:
     if found.get("taken", True):
         return []
     return [
-        f"Suppression exposed {found['filters']} filters, as it does in clean models, too: none gives back "
-        f"more than {found['largest_benefit']:.0%} of what it broke, nor all of them more than "
-        f"{found['benefit']:.0%}, so all were kept. Remove them all the same with --set evidence=0."
+        f"Suppression exposed {found['filters']} filters, as it does in clean models, too: together they "
+        f"give back no more than {found['benefit']:.0%} of what it broke, so all were kept. Remove them all "
+        "the same with --set evidence=0."
     ]
 
 

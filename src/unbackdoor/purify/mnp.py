@@ -94,12 +94,10 @@ class MNP:
         refined: How many classes, from the one with the smallest patch, are inverted so often before any is
             judged: one start may miss the small patch that a class has. Other forms, which start at nearly
             nothing, and further suspects are inverted so often once they are suspicious.
-        evidence: What suppression exposed is removed only if one of these filters alone takes at least this
-            share of the suppressed copy's loss away, in [0, 1). Suppression exposes filters in clean models
-            too, where each helps a little; in a backdoored one some carry much of the backdoor. With
+        evidence: What suppression exposed is removed only if these filters together take at least this share
+            of the suppressed copy's loss away, in [0, 1). Suppression exposes filters in clean models too,
+            but there much of the loss stays; in a backdoored one few filters carry most of it. With
             ``amount`` = ``guarded`` only; 0 removes them without.
-        evidence_together: Or if all of them together take at least this share away, in (0, 1]: of a backdoor
-            that is spread over several filters no single one may hold enough.
         rounds: How often at most the survivors relearn in each way. Between rounds, triggers of the
             suspicious classes are inverted anew: what one trigger taught may leave others that work as well.
             It ends when none of these is suspicious by the norms of the first inversion.
@@ -152,8 +150,7 @@ class MNP:
     partway: bool = True
     restarts: int = 3
     refined: int = 2
-    evidence: float = 0.15
-    evidence_together: float = 0.6
+    evidence: float = 0.6
     rounds: int = 4
     act_on: Literal["flagged", "smallest"] = "flagged"
     suppression: Suppression = field(default_factory=Suppression)
@@ -201,8 +198,6 @@ class MNP:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
         if not 0 <= self.evidence < 1:
             raise InvalidInputError(f"evidence must lie in [0, 1), got {self.evidence}.")
-        if not 0 < self.evidence_together <= 1:
-            raise InvalidInputError(f"evidence_together must lie in (0, 1], got {self.evidence_together}.")
         if self.rounds < 1 or min(self.restarts, self.refined, self.retries) < 0:
             raise InvalidInputError(
                 f"rounds must be at least 1, restarts, refined and retries 0; got {self.rounds}, "
@@ -245,7 +240,6 @@ class MNP:
             relearns="never",
             partway=False,
             evidence=0.0,
-            evidence_together=1.0,
         )
 
     def purify(
@@ -472,11 +466,10 @@ class _Run:
     def _convincing(self, steps: Sequence[Step]) -> dict[str, Any]:
         """Say what the walk on the suppressed copy found, and whether that is enough to act on."""
         benefits = [step.benefit for step in steps if step.removed and not math.isnan(step.benefit)]
-        largest, together = max(benefits, default=0.0), math.fsum(benefits)
-        enough = largest >= self.method.evidence or together >= self.method.evidence_together
-        taken = not benefits or enough
+        together = math.fsum(benefits)
+        taken = not benefits or together >= self.method.evidence
         return {
-            "largest_benefit": largest,
+            "largest_benefit": max(benefits, default=0.0),
             "benefit": together,
             "filters": len(benefits),
             "taken": taken,

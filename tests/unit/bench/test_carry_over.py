@@ -1,4 +1,4 @@
-"""The script that takes answers over from before an option, where the option could not have acted."""
+"""The script that takes answers over from before options, where these could not have acted."""
 
 from __future__ import annotations
 
@@ -21,14 +21,21 @@ def asked(**rest: Any) -> Cell:  # noqa: ANN401
     return Cell(model="badnets", model_sha256="0" * 64, data="cifar10", method="mnp", **rest)
 
 
-def answer(seed: int, *taken: float) -> dict[str, Any]:
-    """Return a record of before the option whose tries of relearning were taken or not."""
-    settings = settings_of(MNP(partway=False, evidence_together=1.0))
-    assert not {"partway", "evidence_together"} & settings.keys()
+def answer(seed: int, *taken: float, **notes: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return a record of before the options whose tries of relearning were taken or not."""
+    settings = settings_of(MNP(partway=False, evidence=0.15))
+    assert "partway" not in settings
     cell = asked(seed=seed, settings=settings)
-    notes = {"relearning.taken": bool(taken[0])} if len(taken) == 1 else {}
+    tried = {"relearning.taken": bool(taken[0])} if len(taken) == 1 else {}
     series = {"relearning.taken": list(taken)} if len(taken) > 1 else {}
-    return {"key": cell.key, "cell": cell.describe(), "status": "ok", "notes": notes, "series": series}
+    found = {f"evidence.{name}": value for name, value in notes.items()}
+    return {
+        "key": cell.key,
+        "cell": cell.describe(),
+        "status": "ok",
+        "notes": tried | found,
+        "series": series,
+    }
 
 
 @pytest.mark.parametrize(
@@ -46,43 +53,53 @@ def answer(seed: int, *taken: float) -> dict[str, Any]:
     ],
 )
 def test_a_refusal_is_one_of_all_tries_in_a_row(taken: tuple[float, ...], refused: bool) -> None:
-    assert SCRIPT["was_refused"](answer(0, *taken)) == refused
-
-
-def test_whoever_asked_without_the_option_is_not_answered_with_it() -> None:
-    record = answer(0, 1.0)
-    assert SCRIPT["concerns"](record)
-    record["cell"]["options"] = {"partway": "false", "evidence_together": "1"}
-    assert not SCRIPT["concerns"](record)
+    record = answer(0, *taken)
+    assert SCRIPT["was_refused"](record) == refused
+    record["cell"]["settings"]["partway"] = "true"
+    assert not SCRIPT["was_refused"](record), "what was gone towards is as it would be"
 
 
 @pytest.mark.parametrize(
-    ("taken", "together", "acted"),
-    [(True, 0.9, False), (False, 0.3, False), (False, 0.7, True), (None, None, False)],
+    ("taken", "filters", "benefit", "otherwise"),
+    [
+        (True, 5, 0.9, False),
+        (False, 5, 0.3, False),
+        (False, 5, 0.7, True),
+        (True, 5, 0.5, True),
+        (True, 0, 0.0, False),
+    ],
 )
-def test_filters_that_tell_enough_together_today_must_be_asked_again(
-    taken: bool | None, together: float | None, acted: bool
+def test_evidence_that_is_judged_otherwise_today_must_be_asked_again(
+    taken: bool, filters: int, benefit: float, otherwise: bool
 ) -> None:
-    record = answer(0)
-    record["notes"] = {"evidence.taken": taken, "evidence.benefit": together} if taken is not None else {}
-    assert SCRIPT["was_kept"](record) == acted
+    record = answer(0, taken=taken, filters=filters, benefit=benefit)
+    assert SCRIPT["was_judged_otherwise"](record) == otherwise
+    assert not SCRIPT["was_judged_otherwise"](answer(0))
 
 
-def test_answers_without_a_refusal_answer_todays_question(
+def test_other_questions_are_left_alone() -> None:
+    record = answer(0, 1.0)
+    assert SCRIPT["concerns"](record)
+    for change in ({"paper": True}, {"options": {"partway": "false"}}, {"method": "rnp"}):
+        assert not SCRIPT["concerns"](record | {"cell": record["cell"] | change})
+    older = record["cell"]["settings"] | {"rounds": "1"}
+    assert not SCRIPT["concerns"](record | {"cell": record["cell"] | {"settings": older}})
+    assert not SCRIPT["concerns"](record | {"cell": record["cell"] | {"settings": settings_of(MNP())}})
+    assert not SCRIPT["concerns"](record | {"status": "failed"})
+
+
+def test_answers_in_which_nothing_acted_answer_todays_question(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
-    other = {"key": "k", "cell": {**asked().describe(), "method": "rnp"}, "status": "ok"}
-    rows = [answer(0, 1.0), answer(1, 0.0, 0.0, 0.0), other]
+    rows = [answer(0, 1.0), answer(1, 0.0, 0.0, 0.0)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["carry_over.py", "--records", str(source), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "argv", ["carry_over.py", "--records", str(source), "--out", str(out)])
     for _ in range(2):
         SCRIPT["main"]()
     (record,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert record["key"] == asked(settings=settings_of(MNP())).key
     assert record["carried_from"] == rows[0]["key"]
-    assert "partway" in record["carried_over"]
     said = capsys.readouterr().out
     assert "partway could act: badnets seed 1" in said
     assert "1 answers taken over" in said

@@ -459,7 +459,6 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"retries": -1}, "refined and retries 0"),
         ({"evidence": 1.0}, r"evidence must lie in \[0, 1\), got 1.0"),
-        ({"evidence_together": 0.0}, r"evidence_together must lie in \(0, 1\], got 0.0"),
         ({"warp_share": 0.0}, "outlier_share and warp_share"),
         ({"relearns": "sometimes"}, "relearns must be"),
         ({"stages": ("suppress",)}, "stages must name 'penalise' or 'preserve'"),
@@ -476,23 +475,20 @@ def test_impossible_options_are_refused(options: dict[str, Any], sentence: str) 
         MNP(**options)
 
 
-def test_suppression_takes_filters_only_if_one_or_all_of_them_tell_enough() -> None:
+def test_suppression_takes_filters_only_if_together_they_tell_enough() -> None:
     result = purify(replace(QUICK, evidence=0.01))
     found = result.diagnostics["evidence"]
     assert found["taken"]
     assert found["filters"] == removed(result) > 0
-    assert found["largest_benefit"] > 0.01
-    more = min(found["largest_benefit"] + 0.01, 0.999)
-    together = found["benefit"]
-    assert found["largest_benefit"] < together < 1
-    spread = purify(replace(QUICK, evidence=more, evidence_together=together - 1e-6))
-    assert spread.diagnostics["evidence"] == found
-    assert removed(spread) == found["filters"]
-    convinced = purify(replace(QUICK, evidence=more, evidence_together=together + 1e-6))
-    assert convinced.diagnostics["evidence"] == {**found, "taken": False}
-    assert removed(convinced) == 0
-    assert not any(step["removed"] for step in convinced.diagnostics["walk"])
-    json.dumps(convinced.diagnostics, allow_nan=False)
+    assert 0 < found["largest_benefit"] < found["benefit"] < 1
+    just = purify(replace(QUICK, evidence=found["benefit"] - 1e-6))
+    assert just.diagnostics["evidence"] == found
+    assert removed(just) == found["filters"]
+    kept = purify(replace(QUICK, evidence=found["benefit"] + 1e-6))
+    assert kept.diagnostics["evidence"] == {**found, "taken": False}
+    assert removed(kept) == 0
+    assert not any(step["removed"] for step in kept.diagnostics["walk"])
+    json.dumps(kept.diagnostics, allow_nan=False)
 
 
 def test_a_benefit_that_no_filter_brings_removes_nothing() -> None:
