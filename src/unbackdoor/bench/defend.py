@@ -227,6 +227,7 @@ LATER_OPTIONS = {
         "evidence": "0",
         "retry_crops": "true",
         "partway": "false",
+        "collapsed": "2",
     }
 }
 """Options that came after the first records, with what was meant before: equal questions keep their keys."""

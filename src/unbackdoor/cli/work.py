@@ -145,8 +145,8 @@ def weak_evidence(found: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"Suppression exposed {found['filters']} filters, as it does in clean models, too: together they "
-        f"give back no more than {found['benefit']:.0%} of what it broke, so all were kept. Remove them all "
-        "the same with --set evidence=0."
+        f"give back no more than {found['benefit']:.0%} of what it broke, and its errors gather in no class "
+        "or shift of classes, so all were kept. Remove them all the same with --set evidence=0."
     ]
 
 

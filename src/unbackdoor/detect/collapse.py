@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from unbackdoor.concentration import concentration_of, unreadable
 from unbackdoor.detect.calibration import Calibration, threshold_from
 from unbackdoor.detect.floor import too_little_at_first
-from unbackdoor.suppression import Check, Suppressed, Suppression, suppress
+from unbackdoor.suppression import Suppressed, Suppression, suppress
 from unbackdoor.types import Detection, LabelledImages, Progress, silent
-
-SMALLEST_CLASS_COUNT = 4
-"""With images of two or three classes errors have too few places to go for their concentration to mean
-anything."""
 
 
 @dataclass(frozen=True)
@@ -68,76 +63,22 @@ class Collapse:
 
     def judge(self, suppressed: Suppressed) -> Detection:
         """Score a suppression run that was made with this detector's options."""
-        checks = suppressed.checks
-        wanted = self.at * checks[0].accuracy
         threshold, source = threshold_from(self.calibration, self.alpha, fixed=self.threshold)
-        problem = _problem(suppressed, wanted)
+        problem = too_little_at_first(suppressed) or unreadable(suppressed, at=self.at)
         if problem:
             return Detection(math.nan, threshold, source, undetermined=problem)
-        targets = interpolate(checks, wanted, target_concentration)
-        shifts = interpolate(checks, wanted, shift_concentration)
-        by_target, by_shift = float(targets.max()), self.shift_weight * float(shifts.max())
-        score = max(by_target, by_shift)
-        is_shift = by_shift > by_target
+        found = concentration_of(suppressed, at=self.at, shift_weight=self.shift_weight)
+        shift = int(found.shifts.argmax()) + 1
         return Detection(
-            score=score,
+            score=found.score,
             threshold=threshold,
             threshold_source=source,
-            p_value=None if self.calibration is None else self.calibration.p_value(score),
-            target_class=None if is_shift else int(targets.argmax()),
+            p_value=None if self.calibration is None else self.calibration.p_value(found.score),
+            target_class=None if found.is_shift else int(found.targets.argmax()),
             evidence={
-                "read_at_accuracy": wanted,
-                "target_concentration": targets.tolist(),
-                "shift_concentration": shifts.tolist(),
-                "pattern": f"all-to-all, class + {int(shifts.argmax()) + 1}" if is_shift else "all-to-one",
+                "read_at_accuracy": found.accuracy,
+                "target_concentration": found.targets.tolist(),
+                "shift_concentration": found.shifts.tolist(),
+                "pattern": f"all-to-all, class + {shift}" if found.is_shift else "all-to-one",
             },
         )
-
-
-def _problem(suppressed: Suppressed, wanted: float) -> str:
-    """Say why a run cannot be read at the accuracy ``wanted``; nothing if it can."""
-    first, last = suppressed.checks[0], suppressed.checks[-1]
-    if problem := too_little_at_first(suppressed):
-        return problem
-    classes = int((first.confusion.sum(1) > 0).sum())
-    if classes < SMALLEST_CLASS_COUNT:
-        return (
-            f"images of {classes} classes leave errors too few places to go; at least "
-            f"{SMALLEST_CLASS_COUNT} are needed"
-        )
-    if last.accuracy > wanted:
-        return (
-            f"suppression took the accuracy only from {first.accuracy:.2f} to {last.accuracy:.2f}, not to "
-            f"{wanted:.2f}, where the errors are read"
-        )
-    return ""
-
-
-def target_concentration(confusion: Tensor) -> Tensor:
-    """Return, for each class t, the share of t among the errors on images of other classes, ``(K,)``."""
-    errors = confusion.double().clone()
-    errors.fill_diagonal_(0)
-    # Row sums are the errors per true class; those of class t itself cannot go to t.
-    possible = errors.sum() - errors.sum(1)
-    return errors.sum(0) / possible.clamp_min(1)
-
-
-def shift_concentration(confusion: Tensor) -> Tensor:
-    """Return, for s = 1 .. K-1, the share of errors that equal the true class plus s, ``(K-1,)``."""
-    classes = len(confusion)
-    rows = torch.arange(classes)
-    errors = (confusion.sum() - confusion.diagonal().sum()).double()
-    counts = [confusion[rows, (rows + shift) % classes].sum() for shift in range(1, classes)]
-    return torch.stack(counts).double() / errors.clamp_min(1)
-
-
-def interpolate(checks: Sequence[Check], accuracy: float, statistic: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return ``statistic`` of the confusion matrix at the moment when the accuracy crossed ``accuracy``.
-
-    Confusion matrices, not statistics, are interpolated: both ends may hold few errors.
-    """
-    for earlier, later in pairwise(checks):
-        if later.accuracy <= accuracy < earlier.accuracy:
-            weight = (earlier.accuracy - accuracy) / (earlier.accuracy - later.accuracy)
-            return statistic((1 - weight) * earlier.confusion.double() + weight * later.confusion.double())
-    return statistic(checks[-1].confusion.double())

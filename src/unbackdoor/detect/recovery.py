@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor import rng
+from unbackdoor.concentration import SMALLEST_CLASS_COUNT, shift_concentration, target_concentration
 from unbackdoor.detect.calibration import Calibration, threshold_from
-from unbackdoor.detect.collapse import SMALLEST_CLASS_COUNT, shift_concentration, target_concentration
 from unbackdoor.detect.floor import too_little_at_first
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.filters.groups import find_filters

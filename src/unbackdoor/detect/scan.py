@@ -14,8 +14,9 @@ from torch import nn
 from unbackdoor import rng
 from unbackdoor.catalogue import dashed, find, name_of
 from unbackdoor.compute import check_fits
+from unbackdoor.concentration import SMALLEST_CLASS_COUNT
 from unbackdoor.detect.calibration import CalibrationSet, Kind, flags_allowed, shipped_for, threshold_from
-from unbackdoor.detect.collapse import SMALLEST_CLASS_COUNT, Collapse
+from unbackdoor.detect.collapse import Collapse
 from unbackdoor.detect.evidence import DECIDING, KINDS, OTHER, REQUIRED, Evidence
 from unbackdoor.detect.exposure import Exposure, Statistic, expose
 from unbackdoor.detect.head_weights import HeadWeights

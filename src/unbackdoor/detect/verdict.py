@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
+from unbackdoor.concentration import SMALLEST_CLASS_COUNT
 from unbackdoor.detect.calibration import CalibrationSet, too_few
-from unbackdoor.detect.collapse import SMALLEST_CLASS_COUNT
 from unbackdoor.detect.evidence import KINDS, REQUIRED, Evidence, finding
 from unbackdoor.detect.joint import Joint
 from unbackdoor.types import LabelledImages

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unbackdoor import rng
 from unbackdoor.compute import accuracy_of, check_fits
+from unbackdoor.concentration import concentration_of, unreadable
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters.groups import FilterMap, find_filters
 from unbackdoor.filters.magnitude import layer_normalised, magnitudes
@@ -98,6 +99,9 @@ class MNP:
             of the suppressed copy's loss away, in [0, 1). Suppression exposes filters in clean models too,
             but there much of the loss stays; in a backdoored one few filters carry most of it. With
             ``amount`` = ``guarded`` only; 0 removes them without.
+        collapsed: Or if that copy's errors gather this much in one class or, times 1.5, in one shift of
+            classes, read at half of the accuracy as for the detector ``collapse``: a backdoor of many targets
+            sits in many filters. Above 1.5 nothing counts but ``evidence``.
         rounds: How often at most the survivors relearn in each way. Between rounds, triggers of the
             suspicious classes are inverted anew: what one trigger taught may leave others that work as well.
             It ends when none of these is suspicious by the norms of the first inversion.
@@ -151,6 +155,7 @@ class MNP:
     restarts: int = 3
     refined: int = 2
     evidence: float = 0.6
+    collapsed: float = 0.6
     rounds: int = 4
     act_on: Literal["flagged", "smallest"] = "flagged"
     suppression: Suppression = field(default_factory=Suppression)
@@ -198,6 +203,8 @@ class MNP:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
         if not 0 <= self.evidence < 1:
             raise InvalidInputError(f"evidence must lie in [0, 1), got {self.evidence}.")
+        if not self.collapsed > 0:
+            raise InvalidInputError(f"collapsed must be larger than 0, got {self.collapsed}.")
         if self.rounds < 1 or min(self.restarts, self.refined, self.retries) < 0:
             raise InvalidInputError(
                 f"rounds must be at least 1, restarts, refined and retries 0; got {self.rounds}, "
@@ -240,6 +247,7 @@ class MNP:
             relearns="never",
             partway=False,
             evidence=0.0,
+            collapsed=2.0,
         )
 
     def purify(
@@ -299,6 +307,7 @@ class _Exposure:
         scores: Layer name to ``(filters,)``; lower goes first.
         tie_breaks: Decide among equal scores.
         exposed: Where removals should lower the loss, or None.
+        concentration: How much the errors of the suppressed copy gathered; 0 where they say nothing.
         triggers: What was recovered on the way.
         limit: Triggers of their classes with a larger norm are not suspicious.
     """
@@ -306,6 +315,7 @@ class _Exposure:
     scores: Mapping[str, Tensor]
     tie_breaks: Sequence[Mapping[str, Tensor]]
     exposed: Exposed | None
+    concentration: float = 0.0
     triggers: tuple[InvertedTrigger, ...] = ()
     limit: float = math.inf
 
@@ -360,7 +370,7 @@ class _Run:
             if masks is not None
         }
         exposed = Exposed(suppressed.model, self.guarding) if suppressed else None
-        return self._exposure(m1, m2, copy, exposed)
+        return replace(self._exposure(m1, m2, copy, exposed), concentration=_concentration(suppressed))
 
     def by_triggers(
         self, way: Literal["inversion", "perturbation", "warp"], generator: torch.Generator
@@ -451,7 +461,7 @@ class _Run:
         ranked = order(scores, *exposure.tie_breaks)
         mask, steps = self._choose(exposure.exposed, scores, ranked)
         if way == "suppression" and steps:
-            convincing = self._convincing(steps)
+            convincing = self._convincing(steps, exposure.concentration)
             self.diagnostics["evidence"] = convincing
             if not convincing["taken"]:
                 mask, steps = FilterMask.full(self.filter_map), [replace(s, removed=False) for s in steps]
@@ -463,16 +473,17 @@ class _Run:
         }
         return sum(step.benefit for step in steps if step.removed and not math.isnan(step.benefit))
 
-    def _convincing(self, steps: Sequence[Step]) -> dict[str, Any]:
+    def _convincing(self, steps: Sequence[Step], concentration: float) -> dict[str, Any]:
         """Say what the walk on the suppressed copy found, and whether that is enough to act on."""
         benefits = [step.benefit for step in steps if step.removed and not math.isnan(step.benefit)]
         together = math.fsum(benefits)
-        taken = not benefits or together >= self.method.evidence
+        enough = together >= self.method.evidence or concentration >= self.method.collapsed
         return {
             "largest_benefit": max(benefits, default=0.0),
             "benefit": together,
             "filters": len(benefits),
-            "taken": taken,
+            "concentration": concentration,
+            "taken": enough or not benefits,
         }
 
     def _relearn(self, way: Way, exposure: _Exposure, generator: torch.Generator) -> float | None:
@@ -677,6 +688,12 @@ def _described(suppressed: Suppressed | None) -> dict[str, Any] | None:
         "steps": suppressed.checks[-1].step,
         "class_share": suppressed.class_share.tolist(),
     }
+
+
+def _concentration(suppressed: Suppressed | None) -> float:
+    if suppressed is None or unreadable(suppressed):
+        return 0.0
+    return concentration_of(suppressed).score
 
 
 def _learnt(masks: LearntMasks) -> dict[str, Any]:

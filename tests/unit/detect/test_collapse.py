@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.detect.calibration import Calibration
-from unbackdoor.detect.collapse import Collapse, interpolate, shift_concentration, target_concentration
+from unbackdoor.detect.collapse import Collapse
 from unbackdoor.suppression import Check, Suppressed
 
 
@@ -18,31 +18,6 @@ def right(classes: int, each: int) -> Tensor:
 
 def run(*matrices: Tensor, reason: Literal["accuracy", "budget", "not finite"] = "accuracy") -> Suppressed:
     return Suppressed(nn.Identity(), tuple(Check(i, m) for i, m in enumerate(matrices)), reason)
-
-
-def test_target_concentration_by_hand() -> None:
-    confusion = torch.tensor([[8, 1, 1], [4, 6, 0], [2, 0, 8]])
-    # 8 errors; of the 6 on classes 1 and 2 all go to 0; of the 4 on 0 and 2, one goes to 1.
-    assert target_concentration(confusion).tolist() == pytest.approx([6 / 6, 1 / 4, 1 / 6])
-    assert target_concentration(right(3, 5)).tolist() == [0.0, 0.0, 0.0]
-
-
-def test_shift_concentration_by_hand() -> None:
-    confusion = torch.tensor([[5, 3, 2], [1, 6, 3], [4, 0, 6]])
-    # Errors 13; plus one: 3 + 3 + 4 = 10; plus two: 2 + 1 + 0 = 3.
-    assert shift_concentration(confusion).tolist() == pytest.approx([10 / 13, 3 / 13])
-    assert shift_concentration(right(3, 5)).tolist() == [0.0, 0.0]
-
-
-def test_interpolation_mixes_the_matrices_around_the_crossing() -> None:
-    high, low = right(2, 10), torch.tensor([[4, 6], [8, 2]])
-    checks = run(high, low).checks
-    assert [check.accuracy for check in checks] == pytest.approx([1.0, 0.3])
-    wanted = (1 - 5 / 7) * high.double() + (5 / 7) * low.double()
-    assert torch.allclose(interpolate(checks, 0.5, lambda c: c), wanted)
-    assert torch.equal(interpolate(checks, 0.3 - 1e-3, lambda c: c), low.double())
-    back = run(right(2, 10), low, right(2, 10), low).checks
-    assert torch.allclose(interpolate(back, 0.5, lambda c: c), wanted)
 
 
 def collapsed_to(target: int) -> Tensor:

@@ -459,6 +459,7 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"retries": -1}, "refined and retries 0"),
         ({"evidence": 1.0}, r"evidence must lie in \[0, 1\), got 1.0"),
+        ({"collapsed": 0.0}, "collapsed must be larger than 0, got 0.0"),
         ({"warp_share": 0.0}, "outlier_share and warp_share"),
         ({"relearns": "sometimes"}, "relearns must be"),
         ({"stages": ("suppress",)}, "stages must name 'penalise' or 'preserve'"),
@@ -476,19 +477,31 @@ def test_impossible_options_are_refused(options: dict[str, Any], sentence: str) 
 
 
 def test_suppression_takes_filters_only_if_together_they_tell_enough() -> None:
-    result = purify(replace(QUICK, evidence=0.01))
+    alone = replace(QUICK, collapsed=2.0)
+    result = purify(replace(alone, evidence=0.01))
     found = result.diagnostics["evidence"]
     assert found["taken"]
     assert found["filters"] == removed(result) > 0
     assert 0 < found["largest_benefit"] < found["benefit"] < 1
-    just = purify(replace(QUICK, evidence=found["benefit"] - 1e-6))
+    just = purify(replace(alone, evidence=found["benefit"] - 1e-6))
     assert just.diagnostics["evidence"] == found
     assert removed(just) == found["filters"]
-    kept = purify(replace(QUICK, evidence=found["benefit"] + 1e-6))
+    kept = purify(replace(alone, evidence=found["benefit"] + 1e-6))
     assert kept.diagnostics["evidence"] == {**found, "taken": False}
     assert removed(kept) == 0
     assert not any(step["removed"] for step in kept.diagnostics["walk"])
     json.dumps(kept.diagnostics, allow_nan=False)
+
+
+def test_or_if_the_errors_gather() -> None:
+    strict = replace(QUICK, evidence=0.999)
+    found = purify(replace(strict, collapsed=2.0)).diagnostics["evidence"]
+    assert not found["taken"]
+    assert found["concentration"] > 0
+    taken = purify(replace(strict, collapsed=found["concentration"] - 1e-6))
+    assert taken.diagnostics["evidence"] == {**found, "taken": True}
+    assert removed(taken) == found["filters"] > 0
+    assert removed(purify(replace(strict, collapsed=found["concentration"] + 1e-6))) == 0
 
 
 def test_a_benefit_that_no_filter_brings_removes_nothing() -> None:
