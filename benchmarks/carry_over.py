@@ -1,12 +1,12 @@
-"""Take answers about MNP's default over from before two options, where these could not have acted.
+"""Take answers about MNP's default over from before three options, where these could not have acted.
 
     python benchmarks/carry_over.py --records results/mnp-lasting.jsonl --out runs/carried.jsonl
     cat runs/carried.jsonl >> runs/defences-cpu/records.jsonl
 
 `partway` (ADR 15) acts only where the last try of a relearning is refused, and `evidence` (ADR 14), which
-asks another thing than before, only where suppression was used and both decide differently. An answer without
-either would be the same today: it is written again as an answer to today's question, and says where it comes
-from. Where one could act, the answer is named and must be asked again. Keys that the output holds already are
+asks another thing than before, only where suppression was used and both decide differently, and `collapsed`
+(ADR 16) only where the filters that suppression exposed stayed. An answer without any would be the same
+today: it is written again as an answer to today's question, and says where it comes from. Where one could act, the answer is named and must be asked again. Keys that the output holds already are
 left alone.
 """
 
@@ -22,7 +22,7 @@ from unbackdoor.bench.defend import settings_of
 from unbackdoor.bench.store import Store
 from unbackdoor.purify import MNP
 
-WHY = "asked with other defaults of partway and evidence, which made no difference here"
+WHY = "asked with other defaults of partway, evidence and collapsed, which made no difference here"
 """Said of each; the question that was asked is named beside it."""
 
 
@@ -88,7 +88,14 @@ def was_judged_otherwise(record: Mapping[str, Any]) -> bool:
     return bool(notes["evidence.taken"]) != today
 
 
-ACTED = {"partway": was_refused, "evidence": was_judged_otherwise}
+def was_kept(record: Mapping[str, Any]) -> bool:
+    """Say whether filters that suppression exposed stayed, whatever the errors of the copy gathered in."""
+    if "collapsed" in record["cell"]["settings"]:
+        return False
+    return record.get("notes", {}).get("evidence.taken") is False
+
+
+ACTED = {"partway": was_refused, "evidence": was_judged_otherwise, "collapsed": was_kept}
 """The options, and whether one could have acted."""
 
 

@@ -23,8 +23,8 @@ def asked(**rest: Any) -> Cell:  # noqa: ANN401
 
 def answer(seed: int, *taken: float, **notes: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return a record of before the options whose tries of relearning were taken or not."""
-    settings = settings_of(MNP(partway=False, evidence=0.15))
-    assert "partway" not in settings
+    settings = settings_of(MNP(partway=False, evidence=0.15, collapsed=2.0))
+    assert not {"partway", "collapsed"} & set(settings)
     cell = asked(seed=seed, settings=settings)
     tried = {"relearning.taken": bool(taken[0])} if len(taken) == 1 else {}
     series = {"relearning.taken": list(taken)} if len(taken) > 1 else {}
@@ -75,6 +75,15 @@ def test_evidence_that_is_judged_otherwise_today_must_be_asked_again(
     record = answer(0, taken=taken, filters=filters, benefit=benefit)
     assert SCRIPT["was_judged_otherwise"](record) == otherwise
     assert not SCRIPT["was_judged_otherwise"](answer(0))
+
+
+def test_filters_that_stayed_may_go_today() -> None:
+    assert SCRIPT["was_kept"](answer(0, taken=False, filters=5, benefit=0.3))
+    assert not SCRIPT["was_kept"](answer(0, taken=True, filters=5, benefit=0.9))
+    assert not SCRIPT["was_kept"](answer(0))
+    today = answer(0, taken=False, filters=5, benefit=0.3)
+    today["cell"]["settings"]["collapsed"] = "0.6"
+    assert not SCRIPT["was_kept"](today)
 
 
 def test_other_questions_are_left_alone() -> None:
