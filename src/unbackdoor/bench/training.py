@@ -281,7 +281,11 @@ def _prepare(job: Job) -> dict[str, Any] | None:
         return read_card(job.out)
     try:
         job.out.mkdir(parents=True, exist_ok=True)
-        marker.write_text(description)
+        if not marker.exists() or marker.read_text() != description:
+            # A kill must not leave half of it: what was trained so far would be refused.
+            temporary = job.out / "training-job.tmp"
+            temporary.write_text(description)
+            temporary.replace(marker)
     except OSError as error:
         raise InvalidInputError(
             f"cannot write into {job.out}: {error.strerror}; choose another --out."
