@@ -11,11 +11,15 @@ import inspect
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
 from unbackdoor.errors import InvalidInputError
+from unbackdoor.usercode import load, names_code
 
+_SAID = ("name", "title", "source", "needs")
+"""What a method's class says of itself."""
+_SNAKE = re.compile(r"^[a-z][a-z0-9_]*$")
 _SECTION = re.compile(r"^(Args|Returns|Raises|Yields|Example|Examples|Note|Notes):$")
 
 
@@ -59,22 +63,59 @@ class Entry:
 
 
 def dashed(name: str) -> str:
-    """Return a method's name as the command line writes it."""
-    return name.replace("_", "-")
+    """Return a method's name as the command line writes it; code of the user's own keeps its path."""
+    return name if names_code(name) else name.replace("_", "-")
 
 
-def find(kind: str, methods: Mapping[str, type[Any]], name: str) -> type[Any]:
-    """Return a method's class by its name, in snake case or with dashes.
+def find(kind: str, methods: Mapping[str, type[Any]], name: str, *, own: str = "") -> type[Any]:
+    """Return a method's class by its name, in snake case or with dashes, or out of the user's own code.
 
     Args:
         kind: What is looked for, for the message.
         methods: A registry.
         name: What the user wrote.
+        own: What a class of the user's own must do, such as ``purify``; none is taken where this is empty.
 
     Raises:
-        InvalidInputError: If there is none; near misses are suggested.
+        InvalidInputError: If there is none; near misses are suggested. If the user's class is no method.
+        UnsupportedModelError: If the user's code cannot be imported.
     """
+    if own and names_code(name):
+        return own_class(kind, methods, name, own)
     return methods[name_of(kind, methods, name)]
+
+
+def own_class(kind: str, methods: Mapping[str, type[Any]], spec: str, *does: str) -> type[Any]:
+    """Return a method's class out of the user's own code.
+
+    Args:
+        kind: What it is to be, for the message.
+        methods: The registry, whose names are taken.
+        spec: ``package.module:Class`` or ``path/to/file.py:Class``.
+        does: The functions of which it must have one.
+
+    Raises:
+        InvalidInputError: If there is no such class, or it is no method.
+        UnsupportedModelError: If the user's code cannot be imported.
+    """
+    cls = load(spec, kind=kind, example="Class")
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        raise InvalidInputError(f"{kind} {spec!r} is no dataclass; its fields are to be its options.")
+    absent = [part for part in _SAID if not isinstance(getattr(cls, part, None), str)]
+    absent += [] if any(callable(getattr(cls, part, None)) for part in does) else [f"{' or '.join(does)}()"]
+    if absent:
+        raise InvalidInputError(f"{kind} {spec!r} has no {' and no '.join(absent)}; give the class that.")
+    said: str = cls.name  # type: ignore[attr-defined]
+    if not _SNAKE.match(said) or said in methods:
+        why = "belongs to a method of this package" if said in methods else "is not in snake_case"
+        raise InvalidInputError(f"{kind} {spec!r} is named {said!r}, which {why}; change its name.")
+    if needed := [each.name for each in fields(cls) if _is_needed(each)]:
+        raise InvalidInputError(f"{kind} {spec!r} has no default for {', '.join(needed)}; give it one.")
+    return cls
+
+
+def _is_needed(option: Field[Any]) -> bool:
+    return option.init and option.default is MISSING and option.default_factory is MISSING
 
 
 def name_of(kind: str, known: Collection[str], name: str) -> str:
@@ -96,13 +137,14 @@ def name_of(kind: str, known: Collection[str], name: str) -> str:
     raise InvalidInputError(f"unknown {kind} {name!r}: {hint}known are {', '.join(map(dashed, known))}.")
 
 
-def configured(kind: str, methods: Mapping[str, type[Any]], name: str, *, paper: bool) -> Any:  # noqa: ANN401
-    """Return a method with its default options, or those of its paper.
+def configured(kind: str, methods: Mapping[str, type[Any]], name: str, *, paper: bool, own: str = "") -> Any:  # noqa: ANN401
+    """Return a method with its default options, or those of its paper; see ``find``.
 
     Raises:
         InvalidInputError: If there is no such method, or its paper's settings are not known.
+        UnsupportedModelError: If the user's code cannot be imported.
     """
-    cls = find(kind, methods, name)
+    cls = find(kind, methods, name, own=own)
     if not paper:
         return cls()
     if not hasattr(cls, "paper"):

@@ -28,10 +28,11 @@ from unbackdoor.bench.training import limited
 from unbackdoor.catalogue import options_of, version_of
 from unbackdoor.costs import metered
 from unbackdoor.data.splits import draw_balanced
-from unbackdoor.errors import InvalidInputError
+from unbackdoor.errors import InvalidInputError, UnbackdoorError
 from unbackdoor.evaluate import clean_accuracy, evaluate
 from unbackdoor.reactivate import reactivation
 from unbackdoor.types import Infected, LabelledImages, Progress, silent
+from unbackdoor.usercode import fingerprint, names_code
 
 Asked = TypeVar("Asked", bound=Question)
 Asked_contra = TypeVar("Asked_contra", bound=Question, contravariant=True)
@@ -211,7 +212,7 @@ def cell_of(
         model=entry.name,
         model_sha256=str(entry.card["sha256"]),
         data=data,
-        method=one.name,
+        method=method if names_code(method) else one.name,
         paper=paper,
         options=dict(options or {}),
         settings=settings_of(one),
@@ -234,9 +235,14 @@ LATER_OPTIONS = {
 
 
 def settings_of(method: Any) -> dict[str, str]:  # noqa: ANN401 - one of many dataclasses
-    """Return all options of a method by path, but for those that came later and are as they were before."""
+    """Return all options of a method by path, but for those that came later and are as they were before.
+
+    Of code of the user's own the hash of its file is one, so that changed code is a new question.
+    """
     later = LATER_OPTIONS.get(method.name, {})
     found = {option.path: option.default for option in options_of(method)}
+    code = fingerprint(type(method))
+    found |= {} if code is None else {"code": code}
     return {path: value for path, value in found.items() if later.get(path) != value}
 
 
@@ -249,7 +255,7 @@ def is_older(cell: Mapping[str, Any]) -> bool:
     task = str(cell.get("task", "purify"))
     try:
         method = configured(task, str(cell["method"]), bool(cell.get("paper")), cell.get("options", {}))
-    except InvalidInputError:
+    except UnbackdoorError:
         return True
     asked = dict(cell.get("settings", {})), int(cell.get("method_version", 1))
     return asked != (settings_of(method), version_of(type(method)))

@@ -37,20 +37,26 @@ METHODS: dict[str, dict[str, type[Any]]] = {
 }
 """By task and ``name`` in snake_case (users write dashes)."""
 
+OWN = {"purify": "purify", "detect": "score"}
+"""By task, what a class of the user's own must do."""
+
 
 def configured(task: str, name: str, paper: bool, options: Mapping[str, str]) -> Any:  # noqa: ANN401
     """Return a method with options as ``--set`` takes them.
 
     Args:
         task: What it does, a key of ``METHODS``.
-        name: Snake case or with dashes.
+        name: Snake case or with dashes; or a class of the user's own, as ``path/to/file.py:Class``.
         paper: Start from the settings of its paper.
         options: Set on top.
 
     Raises:
         InvalidInputError: If there is no such task, method or option.
+        UnsupportedModelError: If the user's code cannot be imported.
     """
     if task not in METHODS:
         raise InvalidInputError(f"unknown task {task!r}; known are {', '.join(METHODS)}.")
-    method = catalogue.configured(f"method to {task}", METHODS[task], name, paper=paper)
+    method = catalogue.configured(
+        f"method to {task}", METHODS[task], name, paper=paper, own=OWN.get(task, "")
+    )
     return configure(method, [f"{path}={value}" for path, value in options.items()])

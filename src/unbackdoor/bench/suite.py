@@ -26,6 +26,7 @@ from unbackdoor.bench.training import CLEAN, Job
 from unbackdoor.bench.zoo import Entry, entry_at
 from unbackdoor.catalogue import dashed, find, options_of
 from unbackdoor.errors import InvalidInputError
+from unbackdoor.usercode import names_code
 
 ZOO = "zoo"
 """The name of the list of models that is ``zoo.toml`` in the zoo itself."""
@@ -367,7 +368,7 @@ class Plan:
 
     def _cells(self, grid: Grid, seed: int, there: Mapping[str, Entry]) -> Iterator[Cell]:
         size = self.suite.sizes[self.size]
-        for method in matching(grid.methods, METHODS[grid.task], self.suite.name):
+        for method in methods_of(grid, self.suite.name):
             for options in variants(grid, method):
                 for model in self._models(grid):
                     for clean_images in grid.clean_images:
@@ -490,12 +491,29 @@ def matching(patterns: Sequence[str], known: Mapping[str, Any], source: str) -> 
     return list(dict.fromkeys(found))
 
 
+def methods_of(grid: Grid, source: str) -> list[str]:
+    """Return the names of the methods that a grid asks about, and the code of the user's own as it is named.
+
+    Args:
+        grid: Methods in its task's registry go by patterns.
+        source: The suite, for the message.
+
+    Raises:
+        InvalidInputError: If a pattern stands for none.
+    """
+    found: list[str] = []
+    for each in grid.methods:
+        found += [each] if names_code(each) else matching([each], METHODS[grid.task], source)
+    return list(dict.fromkeys(found))
+
+
 def variants(grid: Grid, method: str) -> list[dict[str, str]]:
     """Return the settings of a method that a grid asks for: its variants, and its scaled options."""
     scaled = [
         {**base, path: value}
         for name, paths in grid.scale.items()
-        if find(f"method to {grid.task}", METHODS[grid.task], name).name == method
+        if (name if names_code(name) else find(f"method to {grid.task}", METHODS[grid.task], name).name)
+        == method
         for base in grid.options
         for path in paths
         for value in _scaled(configured(grid.task, method, grid.paper, base), path)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def methods(
     name: str | None = typer.Argument(
-        None, help="Show this method with all its options; all methods if left out."
+        None, help="Show this method with all its options, also one of your own; all methods if left out."
     ),
     as_json: o.AsJson = False,
 ) -> None:
@@ -32,6 +32,7 @@ def methods(
     from unbackdoor.graph.detect import RIGBD
     from unbackdoor.graph.purify import PURIFIERS as GRAPH_PURIFIERS
     from unbackdoor.purify.registry import PURIFIERS
+    from unbackdoor.usercode import names_code
 
     kinds: dict[str, dict[str, type[Any]]] = {
         "scan": {"scan": Scan},
@@ -51,7 +52,12 @@ def methods(
         else:
             shown.method_list(entries)
         return
-    wanted = catalogue.find("method", {key: cls for _, key, cls in known}, name)
+    named = {key: cls for _, key, cls in known}
+    if names_code(name):
+        wanted = catalogue.own_class("method", named, name, "purify", "score")
+        known = [("purifier" if hasattr(wanted, "purify") else "detector", wanted.name, wanted)]
+    else:
+        wanted = catalogue.find("method", named, name)
     # One name may be of several: MNP purifies and detects.
     key = next(key for _, key, cls in known if cls is wanted)
     found = [(_entry(kind, cls), cls, _options(kind, cls)) for kind, other, cls in known if other == key]

@@ -14,7 +14,11 @@ def purify(
     arch: o.Arch,
     clean: o.Clean,
     out: Path = typer.Option(..., help="New .safetensors file; never the input."),
-    method: str = typer.Option("mnp", help="A purifier; `unbackdoor methods` lists them."),
+    method: str = typer.Option(
+        "mnp",
+        help="A purifier; `unbackdoor methods` lists them. Or your own, path/to/file.py:Class (which runs "
+        "your code).",
+    ),
     paper: bool = typer.Option(False, "--paper", help="Start from the settings of the method's paper."),
     num_classes: o.NumClasses = None,
     width: o.Width = None,

@@ -160,7 +160,7 @@ class Scan:
             raise InvalidInputError(f"a scan runs {dashed(repeated[0])!r} once; do not name it again.")
 
     def _others(self) -> list[Any]:
-        classes = [find("model detector", MODEL_DETECTORS, name) for name in self.others]
+        classes = [find("model detector", MODEL_DETECTORS, name, own="score") for name in self.others]
         settings: dict[str, list[str]] = {cls.name: [] for cls in classes}
         for text in self.other_options:
             name, _, assignment = text.partition(".")

@@ -40,10 +40,12 @@ def purifier_named(name: str, *, paper: bool = False) -> Any:  # noqa: ANN401 - 
     """Return a purifier with its default options, or those of its paper.
 
     Args:
-        name: Snake case or with dashes.
+        name: Snake case or with dashes; or a class of the user's own, ``package.module:Class`` or
+            ``path/to/file.py:Class``, whose code is run.
         paper: Take the settings of the source paper, or of its authors' code.
 
     Raises:
         InvalidInputError: If there is no such method, or nothing is known of its paper's settings.
+        UnsupportedModelError: If the user's code cannot be imported.
     """
-    return catalogue.configured("purifier", PURIFIERS, name, paper=paper)
+    return catalogue.configured("purifier", PURIFIERS, name, paper=paper, own="purify")
