@@ -38,8 +38,8 @@ def scan(
     ),
     detector: list[str] | None = typer.Option(
         None,
-        help="Also run this model detector (`unbackdoor methods`, or your own, path/to/file.py:Class, which runs "
-        "your code); shown, it does not decide. Repeatable; "
+        help="Also run this model detector (`unbackdoor methods`, or your own, path/to/file.py:Class, which "
+        "runs your code); shown, it does not decide. Repeatable; "
         "its options by --set others.NAME.option=value.",
     ),
     settings: o.ScanSettings = None,
