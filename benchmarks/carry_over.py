@@ -6,8 +6,8 @@
 `partway` (ADR 15) acts only where the last try of a relearning is refused, and `evidence` (ADR 14), which
 asks another thing than before, only where suppression was used and both decide differently, and `collapsed`
 (ADR 16) only where the filters that suppression exposed stayed. An answer without any would be the same
-today: it is written again as an answer to today's question, and says where it comes from. Where one could act, the answer is named and must be asked again. Keys that the output holds already are
-left alone.
+today: it is written again as an answer to today's question, and says where it comes from. Where one could
+act, the answer is named and must be asked again. Keys that the output holds already are left alone.
 """
 
 from __future__ import annotations
