@@ -5,7 +5,7 @@
 Both are runs of `unbackdoor bench` as a user starts them, each with a pool of worker processes and models
 of its own to train. The second is killed with SIGKILL: in turns all of its processes at once, and the command
 alone, so that its workers are left behind. At the end both must hold the same answers to the same questions,
-to the last digit; no question may have been answered twice. What depends on the clock is not compared.
+to the last digit; no question may have been answered twice. Times and folders are not compared.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 
 from unbackdoor.bench.store import Store
 
-CLOCKED = frozenset({"seconds", "created", "cost", "log", "git"})
-"""What two equal runs may say differently."""
+OTHERWISE = frozenset({"seconds", "created", "cost", "log", "git", "command"})
+"""What two equal runs say differently: times, and the folder."""
 
 
 def main() -> None:
@@ -90,10 +90,10 @@ def report(calm: Path, stormy: Path, kills: int) -> None:
 
 
 def answers(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the records by key, without what depends on the clock."""
+    """Return the records by key, without times and folders."""
     records = Store(folder / "run" / "records.jsonl").records()
     return {
-        key: {name: value for name, value in record.items() if name not in CLOCKED}
+        key: {name: value for name, value in record.items() if name not in OTHERWISE}
         for key, record in records.items()
     }
 
