@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-from typing import Literal
-
 import pytest
 import torch
-from torch import Tensor, nn
 
+from suppressions import right, run
 from unbackdoor.concentration import (
     concentration_of,
     interpolate,
@@ -13,15 +11,6 @@ from unbackdoor.concentration import (
     target_concentration,
     unreadable,
 )
-from unbackdoor.suppression import Check, Suppressed
-
-
-def right(classes: int, each: int) -> Tensor:
-    return each * torch.eye(classes, dtype=torch.int64)
-
-
-def run(*matrices: Tensor, reason: Literal["accuracy", "budget", "not finite"] = "accuracy") -> Suppressed:
-    return Suppressed(nn.Identity(), tuple(Check(i, m) for i, m in enumerate(matrices)), reason)
 
 
 def test_target_concentration_by_hand() -> None:
@@ -53,7 +42,8 @@ def test_a_class_or_a_shift_stands_out() -> None:
     to_one = torch.zeros(5, 5, dtype=torch.int64)
     to_one[:, 3] = 10
     found = concentration_of(run(right(5, 10), to_one))
-    # A fifth of the errors on 0, 1, 2 and 4 are each of three shifts and one that no class has; to 3 all go.
+    # All errors go to 3; a quarter of them is of each of the four shifts.
+    assert found.shifts.tolist() == pytest.approx([0.25] * 4)
     assert (found.score, found.is_shift, int(found.targets.argmax())) == (1.0, False, 3)
     assert found.accuracy == 0.5
     moved = concentration_of(run(right(5, 10), torch.roll(right(5, 10), 2, dims=1)), shift_weight=1.25)

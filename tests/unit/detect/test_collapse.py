@@ -1,23 +1,15 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from suppressions import right, run
 from unbackdoor.detect.calibration import Calibration
 from unbackdoor.detect.collapse import Collapse
-from unbackdoor.suppression import Check, Suppressed
-
-
-def right(classes: int, each: int) -> Tensor:
-    return each * torch.eye(classes, dtype=torch.int64)
-
-
-def run(*matrices: Tensor, reason: Literal["accuracy", "budget", "not finite"] = "accuracy") -> Suppressed:
-    return Suppressed(nn.Identity(), tuple(Check(i, m) for i, m in enumerate(matrices)), reason)
+from unbackdoor.suppression import Suppressed
 
 
 def collapsed_to(target: int) -> Tensor:
