@@ -42,7 +42,7 @@ from unbackdoor.compute import (
     memory_format_for,
 )
 from unbackdoor.errors import InvalidInputError
-from unbackdoor.forms import NORMS, Form, applied, norm_of
+from unbackdoor.forms import NORMS, Form, applied, largest_norm, norm_of
 from unbackdoor.types import LabelledImages, Progress, as_float, silent
 
 _OPEN = 1e-6
@@ -68,7 +68,8 @@ class Inversion:
         round_steps: Steps after which success is judged and lambda may move; a "mini-epoch".
         batch_size: Images a step and class.
         together: Most classes in one forward pass; the others wait for a free place.
-        learning_rate: Step of Adam, for patches in tanh space.
+        learning_rate: Step of Adam: of patches in tanh space, of changes in pixel values, of warps as a share
+            of the largest shift that counts (``forms.largest_norm``), so that it grows with the image.
         betas: Of Adam.
         lambda0: First weight of the trigger's norm.
         multiplier: Lambda times this after ``patience`` good rounds; divided by its 1.5th power after as
@@ -141,7 +142,7 @@ class Inversion:
     @staticmethod
     def warp() -> Inversion:
         """Return settings for triggers that move pixels a little."""
-        return Inversion(form="warp", steps=120, batch_size=16, learning_rate=0.05, lambda0=0.1, success=0.9)
+        return Inversion(form="warp", steps=120, batch_size=16, learning_rate=0.1, lambda0=0.1, success=0.9)
 
     @staticmethod
     def paper() -> Inversion:
@@ -263,8 +264,11 @@ def invert_all(
 
 
 def norms_of(triggers: Sequence[InvertedTrigger], *, unreached: float = math.nan) -> list[float]:
-    """Return the norm of each trigger, and ``unreached`` for those that do not work."""
-    return [trigger.norm if trigger.reached else unreached for trigger in triggers]
+    """Return the norm of each trigger; ``unreached`` for those that do not work, and nothing above it."""
+    # A comparison with NaN fails.
+    return [
+        unreached if not trigger.reached or trigger.norm > unreached else trigger.norm for trigger in triggers
+    ]
 
 
 def anomaly_indices(norms: Sequence[float], *, fewest: int = 5) -> list[float]:
@@ -349,6 +353,7 @@ class _Search:
                 side = options.control_points
                 pattern = (0.1 * torch.randn(2, side, side, generator=generator)).to(device)
             learnt = [pattern.requires_grad_()]
+        unit = largest_norm("warp", channels, height, width) if options.form == "warp" else 1.0
         search = _Search(
             form=options.form,
             target_class=target_class,
@@ -356,7 +361,7 @@ class _Search:
             generator=generator,
             mask=mask,
             pattern=pattern,
-            optimiser=torch.optim.Adam(learnt, lr=options.learning_rate, betas=options.betas),
+            optimiser=torch.optim.Adam(learnt, lr=unit * options.learning_rate, betas=options.betas),
             coefficient=options.lambda0 if options.start == "lambda0" else 0.0,
         )
         search.nearest = search.candidate()

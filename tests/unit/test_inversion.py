@@ -13,7 +13,14 @@ from torch.nn import functional as F
 from unbackdoor import rng
 from unbackdoor.costs import metered
 from unbackdoor.errors import InvalidInputError
-from unbackdoor.inversion import Inversion, InvertedTrigger, anomaly_indices, invert, invert_all
+from unbackdoor.inversion import (
+    Inversion,
+    InvertedTrigger,
+    anomaly_indices,
+    invert,
+    invert_all,
+    norms_of,
+)
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.testing.subjects import Snapshot, awkward_model, global_randomness_untouched, small_data
 from unbackdoor.types import LabelledImages
@@ -126,17 +133,42 @@ def striped(count: int = 40) -> LabelledImages:
 
 def test_a_shift_of_the_pixels_is_found_as_a_warp() -> None:
     data, options = striped(), replace(Inversion.warp(), precision="fp32", control_points=3)
-    triggers = invert_all(Shifted(backdoor=False), data, options, generator=rng.generator(0))
-    guilty = triggers[2]
+    # One start may miss the smallest.
+    starts = [
+        invert_all(Shifted(backdoor=False), data, options, generator=rng.generator(s)) for s in range(3)
+    ]
+    guilty = min((triggers[2] for triggers in starts if triggers[2].reached), key=lambda each: each.norm)
     assert guilty.form == "warp"
-    assert guilty.reached
     assert guilty.pattern.shape == (2, 3, 3)
     assert guilty.describe()["rms_shift_pixels"] == guilty.norm
-    innocent = [trigger for trigger in triggers if trigger is not guilty]
+    innocent = [trigger for triggers in starts for trigger in triggers if trigger.target_class != 2]
     assert not any(trigger.reached and trigger.norm < 2 * guilty.norm for trigger in innocent)
     others = data.labels != 2
     rate = float((Shifted(backdoor=False)(guilty(data.images)[others]).argmax(1) == 2).float().mean())
     assert guilty.success == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("size", [6, 12])
+def test_warps_are_stepped_by_a_share_of_the_largest_shift(size: int) -> None:
+    data, generators = striped(), (rng.generator(0), rng.generator(0))
+    larger = LabelledImages(F.interpolate(data.images, size=(size, size)), data.labels)
+    options = replace(Inversion.warp(), precision="fp32", steps=1)
+    still, moved = (
+        invert(Shifted(), larger, replace(options, learning_rate=rate), 2, generator=generator).pattern
+        for rate, generator in zip((1e-9, 0.1), generators, strict=True)
+    )
+    # Adam's first step is as long wherever there is a gradient; an eighth of the side is the unit.
+    assert float((moved - still).abs().max()) == pytest.approx(0.1 * size / 8, rel=1e-3)
+
+
+def test_nothing_counts_as_more_than_a_class_without_a_trigger() -> None:
+    mask, pattern = torch.ones(1, 6, 6), torch.zeros(2, 6, 6)
+    triggers = [
+        InvertedTrigger(k, mask, pattern, norm, 1.0, reached, 1, form="warp")
+        for k, (norm, reached) in enumerate([(1.0, True), (7.0, True), (2.0, False)])
+    ]
+    assert norms_of(triggers, unreached=4.0) == [1.0, 4.0, 4.0]
+    assert norms_of(triggers) == pytest.approx([1.0, 7.0, math.nan], nan_ok=True)
 
 
 def test_early_stopping_forgets_what_happened_before_lambda_was_set() -> None:

@@ -229,6 +229,7 @@ LATER_OPTIONS = {
         "retry_crops": "true",
         "partway": "false",
         "collapsed": "2",
+        "settled_index": "0",
     }
 }
 """Options that came after the first records, with what was meant before: equal questions keep their keys."""

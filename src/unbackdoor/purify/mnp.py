@@ -78,6 +78,10 @@ class MNP:
         settled: If this share of the loss on stamped images is gone after removals and relearning, and no
             suspicious class is left, a backdoor was found and is gone: warps are then left out, and
             suppression, since it would cost clean accuracy for nothing. Above 1: all ways are always taken.
+        settled_index: A way settles that only if, besides, the trigger of some class that it acted on is
+            smaller than the median by this many robust standard deviations of the norms' logarithms, at least
+            0: where classes differ much, as they do on larger images, clean models have small ones as well.
+            0 asks for nothing.
         relearns: When the survivors are tuned: ``never``, as in the paper; if ``triggers`` were found; or
             ``always``, after suppression too, on clean images alone. A model that lost more clean accuracy
             than the guard allows is not taken whole; see ``partway``.
@@ -147,6 +151,7 @@ class MNP:
     anomaly_threshold: float = 0.0
     fewest_classes: int = 5
     settled: float = 0.7
+    settled_index: float = 3.0
     relearns: Literal["never", "triggers", "always"] = "triggers"
     relearning: Relearning = field(default_factory=Relearning)
     retries: int = 2
@@ -203,8 +208,11 @@ class MNP:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
         if not 0 <= self.evidence < 1:
             raise InvalidInputError(f"evidence must lie in [0, 1), got {self.evidence}.")
-        if not self.collapsed > 0:
-            raise InvalidInputError(f"collapsed must be larger than 0, got {self.collapsed}.")
+        if not (self.collapsed > 0 and self.settled_index >= 0):
+            raise InvalidInputError(
+                "collapsed must be larger than 0 and settled_index at least 0, got "
+                f"{self.collapsed} and {self.settled_index}."
+            )
         if self.rounds < 1 or min(self.restarts, self.refined, self.retries) < 0:
             raise InvalidInputError(
                 f"rounds must be at least 1, restarts, refined and retries 0; got {self.rounds}, "
@@ -248,6 +256,7 @@ class MNP:
             partway=False,
             evidence=0.0,
             collapsed=2.0,
+            settled_index=0.0,
         )
 
     def purify(
@@ -283,8 +292,9 @@ class MNP:
             if way == "suppression":
                 run.resolve(way, run.by_suppression(draws[way]), draws[way])
                 continue
-            relieved = run.resolve(way, run.by_triggers(way, draws[way]), draws[way])
-            settled |= self.amount == "guarded" and relieved >= self.settled
+            exposure = run.by_triggers(way, draws[way])
+            relieved = run.resolve(way, exposure, draws[way])
+            settled |= self.amount == "guarded" and self._settles(exposure, relieved)
         return Purified(
             model=run.pruned(),
             mask=run.mask,
@@ -298,6 +308,10 @@ class MNP:
             },
         )
 
+    def _settles(self, exposure: _Exposure | None, relieved: float) -> bool:
+        """Say whether a backdoor was found and is gone."""
+        return exposure is not None and exposure.index >= self.settled_index and relieved >= self.settled
+
 
 @dataclass(frozen=True, eq=False)
 class _Exposure:
@@ -310,6 +324,7 @@ class _Exposure:
         concentration: How much the errors of the suppressed copy gathered; 0 where they say nothing.
         triggers: What was recovered on the way.
         limit: Triggers of their classes with a larger norm are not suspicious.
+        index: How far the smallest of them lies below the others, see ``settled_index``.
     """
 
     scores: Mapping[str, Tensor]
@@ -318,6 +333,7 @@ class _Exposure:
     concentration: float = 0.0
     triggers: tuple[InvertedTrigger, ...] = ()
     limit: float = math.inf
+    index: float = 0.0
 
 
 @dataclass(eq=False)
@@ -399,7 +415,7 @@ class _Run:
         m1 = self._m1(model, joined(self.learning, shown), model, generator)
         found["masks"] = _learnt(m1)
         exposure = self._exposure(m1, None, model, Exposed(model, held))
-        return replace(exposure, triggers=tuple(triggers), limit=limit)
+        return replace(exposure, triggers=tuple(triggers), limit=limit, index=found["log_index"] or 0.0)
 
     def resolve(self, way: Way, exposure: _Exposure | None, generator: torch.Generator) -> float:
         """Remove what was exposed, and let the survivors relearn.

@@ -23,6 +23,9 @@ from unbackdoor.purify.selection import Selection, divide, exposed_copy, guarded
 from unbackdoor.train import Batch, LossStep, Recipe
 from unbackdoor.types import LabelledImages, Progress, Purified, as_float, silent
 
+_TINY = 1e-6
+"""Keeps the logarithm of a norm finite."""
+
 
 @dataclass(frozen=True)
 class NC:
@@ -237,7 +240,8 @@ def suspects(
         fewest: With fewer valid norms nothing is flagged.
         smallest: Act on the smallest mask that works if nothing is flagged.
         largest_share: Flagged classes also need a norm of at most this share of the median.
-        unreached: The norm that classes without a trigger that works count as; NaN leaves them out.
+        unreached: The norm that classes without a trigger that works count as, and the largest that counts;
+            NaN leaves them out.
         refined: How many classes, from the smallest trigger, get further starts.
         restarts: How many each.
         generator: All randomness follows it.
@@ -267,6 +271,7 @@ def suspects(
         "median": None if math.isnan(middle) else middle,
         "flagged": flagged,
         "acted_on": chosen,
+        "log_index": _log_index(triggers, chosen, fewest=fewest, unreached=unreached),
     }
     if more:
         found["inverted_anew"] = [trigger.describe() for trigger in more]
@@ -306,6 +311,17 @@ def flagged_classes(
         if trigger.reached and index > threshold and trigger.norm <= limit
     ]
     return indices, flagged
+
+
+def _log_index(
+    triggers: Sequence[InvertedTrigger], classes: Sequence[int], *, fewest: int, unreached: float
+) -> float | None:
+    """Return the largest anomaly index of ``classes`` by the norms' logarithms; None if there is none."""
+    # The maximum of NaN and anything after it is NaN.
+    logs = [math.log(max(norm, _TINY)) for norm in norms_of(triggers, unreached=unreached)]
+    indices = anomaly_indices(logs, fewest=fewest)
+    of_classes = [i for t, i in zip(triggers, indices, strict=True) if t.target_class in classes]
+    return max((index for index in of_classes if not math.isnan(index)), default=None)
 
 
 def _median_norm(triggers: Sequence[InvertedTrigger], unreached: float) -> float:

@@ -37,6 +37,7 @@ INVERTING = replace(
     perturbation=Inversion(steps=60, batch_size=8),
     warp=Inversion(steps=60, batch_size=8),
     act_on="smallest",
+    settled_index=0.0,
     restarts=0,
     # Nor does it survive crops of 4 of 16 pixels, and the few images make few steps.
     relearning=Relearning(
@@ -187,6 +188,16 @@ def test_a_warp_is_not_looked_for_where_a_patch_settled_the_matter() -> None:
     assert not {"warp", "suppression"} & set(settled)
     open_still = purify(replace(INVERTING, exposures=ways, settled=2.0)).diagnostics
     assert {"warp", "suppression"} <= set(open_still)
+
+
+def test_a_patch_that_hardly_stands_out_settles_nothing() -> None:
+    ways: tuple[Way, ...] = ("inversion", "suppression")
+    # One class alone has a trigger, which does not stand out from itself.
+    alone = replace(INVERTING, exposures=ways, settled=0.3, fewest_classes=1)
+    for asked in (0.0, 0.01):
+        found = purify(replace(alone, settled_index=asked)).diagnostics
+        assert found["inversion"]["log_index"] == 0
+        assert ("suppression" in found) == (asked > 0)
 
 
 def test_leaving_a_way_out_changes_nothing_of_the_others() -> None:
@@ -459,7 +470,8 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"retries": -1}, "refined and retries 0"),
         ({"evidence": 1.0}, r"evidence must lie in \[0, 1\), got 1.0"),
-        ({"collapsed": 0.0}, "collapsed must be larger than 0, got 0.0"),
+        ({"collapsed": 0.0}, "collapsed must be larger than 0 and settled_index at least 0, got 0.0 and 3.0"),
+        ({"settled_index": -1.0}, "settled_index at least 0, got 0.6 and -1.0"),
         ({"warp_share": 0.0}, "outlier_share and warp_share"),
         ({"relearns": "sometimes"}, "relearns must be"),
         ({"stages": ("suppress",)}, "stages must name 'penalise' or 'preserve'"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -148,6 +149,19 @@ def test_classes_without_a_trigger_may_count_as_a_norm() -> None:
     assert flagged == [0]
     assert indices[1:] == [0.0] * 4
     assert flagged_classes(lone, 0.0, fewest=5, largest_share=0.1, unreached=4.0)[1] == []
+
+
+def test_how_far_a_class_stands_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    logs = [0.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    inverted = tuple(trigger(k, math.exp(log)) for k, log in enumerate(logs))
+    monkeypatch.setattr(nc, "invert_all", lambda *_, **__: inverted)
+    _, found = nc.suspects(
+        nn.Identity(), small_data(), Inversion(), threshold=0.0, fewest=5, smallest=False,
+        largest_share=0.1, generator=rng.generator(0),
+    )  # fmt: skip
+    # The median logarithm is 5, and the median distance from it 2.
+    assert found["acted_on"] == [0]
+    assert found["log_index"] == pytest.approx(5 / (1.4826 * 2))
 
 
 class Remember(nn.Module):
