@@ -1,4 +1,4 @@
-"""Take answers about MNP's default over from before three options, where these could not have acted.
+"""Take answers about MNP's default over from before later options, where these could not have acted.
 
     python benchmarks/carry_over.py --records results/mnp-lasting.jsonl --out runs/carried.jsonl
     cat runs/carried.jsonl >> runs/defences-cpu/records.jsonl
@@ -6,13 +6,16 @@
 `partway` (ADR 15) acts only where the last try of a relearning is refused, and `evidence` (ADR 14), which
 asks another thing than before, only where suppression was used and both decide differently, and `collapsed`
 (ADR 16) only where the filters that suppression exposed stayed. An answer without any would be the same
-today: it is written again as an answer to today's question, and says where it comes from. Where one could
-act, the answer is named and must be asked again. Keys that the output holds already are left alone.
+today: it is written again as an answer to today's question, and says where it comes from. So is one without
+warps, whose step is another today (ADR 17), and where what settled the matter stood out by `settled_index`.
+Where one could act, the answer is named and must be asked again. Keys that the output holds already are left
+alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,10 @@ from typing import Any
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.defend import settings_of
 from unbackdoor.bench.store import Store
+from unbackdoor.inversion import anomaly_indices
 from unbackdoor.purify import MNP
 
-WHY = "asked with other defaults of partway, evidence and collapsed, which made no difference here"
+WHY = "asked with other defaults of options that came later, which made no difference here"
 """Said of each; the question that was asked is named beside it."""
 
 
@@ -53,10 +57,16 @@ def main() -> None:
 
 def concerns(record: Mapping[str, Any]) -> bool:
     """Say whether a record is about MNP's default of before, with other values of these options alone."""
-    cell, today = record.get("cell", {}), settings_of(MNP())
-    if record["status"] != "ok" or cell.get("method") != "mnp" or cell["paper"] or cell["options"]:
+    cell = record.get("cell", {})
+    if record["status"] != "ok" or cell.get("method") != "mnp" or cell["options"]:
         return False
+    today = todays(cell)
     return cell["settings"] != today and others(cell["settings"]) == others(today)
+
+
+def todays(cell: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the same question means today."""
+    return settings_of(MNP.paper() if cell["paper"] else MNP())
 
 
 def others(settings: Mapping[str, str]) -> dict[str, str]:
@@ -95,13 +105,48 @@ def was_kept(record: Mapping[str, Any]) -> bool:
     return record.get("notes", {}).get("evidence.taken") is False
 
 
-ACTED = {"partway": was_refused, "evidence": was_judged_otherwise, "collapsed": was_kept}
+def was_bent(record: Mapping[str, Any]) -> bool:
+    """Say whether warps were inverted, by another step than today's."""
+    today = settings_of(MNP())["warp.learning_rate"]
+    same = record["cell"]["settings"].get("warp.learning_rate") == today
+    return not same and any(name.startswith("warp.") for name in record.get("notes", {}))
+
+
+def was_settled_by_little(record: Mapping[str, Any]) -> bool:
+    """Say whether a trigger was acted on that stood out by less than settles a matter today."""
+    if "settled_index" in record["cell"]["settings"]:
+        return False
+    ways = {"inversion": "l1_pixels", "perturbation": "l2"}
+    return any(0 <= standing_out(record, way, norm) < MNP().settled_index for way, norm in ways.items())
+
+
+def standing_out(record: Mapping[str, Any], way: str, norm: str) -> float:
+    """Return by how much the smallest trigger that was acted on stood out; -1 if none was."""
+    series, name = record.get("series", {}), f"{way}.acted_on"
+    noted = str(record.get("notes", {}).get(name, "none")).replace("none", "")
+    acted = series.get(name, [part for part in noted.split(", ") if part])
+    if not acted:
+        return -1.0
+    norms, reached = (series[f"{way}.triggers.{each}"] for each in (norm, "reached"))
+    logs = [math.log(value) if ok else math.nan for value, ok in zip(norms, reached, strict=True)]
+    indices = anomaly_indices(logs)
+    known = [indices[int(k)] for k in acted if not math.isnan(indices[int(k)])]
+    return max(0.0, *known) if known else 0.0
+
+
+ACTED = {
+    "partway": was_refused,
+    "evidence": was_judged_otherwise,
+    "collapsed": was_kept,
+    "warp.learning_rate": was_bent,
+    "settled_index": was_settled_by_little,
+}
 """The options, and whether one could have acted."""
 
 
 def carried_over(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record as an answer to today's question."""
-    cell = {**record["cell"], "settings": settings_of(MNP())}
+    cell = {**record["cell"], "settings": todays(record["cell"])}
     return {
         **record,
         "cell": cell,

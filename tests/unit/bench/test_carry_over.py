@@ -23,8 +23,9 @@ def asked(**rest: Any) -> Cell:  # noqa: ANN401
 
 def answer(seed: int, *taken: float, **notes: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return a record of before the options whose tries of relearning were taken or not."""
-    settings = settings_of(MNP(partway=False, evidence=0.15, collapsed=2.0))
-    assert not {"partway", "collapsed"} & set(settings)
+    settings = settings_of(MNP(partway=False, evidence=0.15, collapsed=2.0, settled_index=0.0))
+    assert not {"partway", "collapsed", "settled_index"} & set(settings)
+    settings["warp.learning_rate"] = "0.05"
     cell = asked(seed=seed, settings=settings)
     tried = {"relearning.taken": bool(taken[0])} if len(taken) == 1 else {}
     series = {"relearning.taken": list(taken)} if len(taken) > 1 else {}
@@ -84,6 +85,46 @@ def test_filters_that_stayed_may_go_today() -> None:
     today = answer(0, taken=False, filters=5, benefit=0.3)
     today["cell"]["settings"]["collapsed"] = "0.6"
     assert not SCRIPT["was_kept"](today)
+
+
+def test_warps_of_another_step_are_asked_for_again() -> None:
+    record = answer(0)
+    assert not SCRIPT["was_bent"](record)
+    record["notes"]["warp.flagged"] = "none"
+    assert SCRIPT["was_bent"](record)
+    record["cell"]["settings"]["warp.learning_rate"] = "0.1"
+    assert not SCRIPT["was_bent"](record)
+
+
+@pytest.mark.parametrize(
+    ("smallest", "reached", "acted", "little"),
+    [
+        (10.0, 1.0, "0", False),
+        (60.0, 1.0, "0", True),
+        (60.0, 1.0, "none", False),
+        # The class that was acted on has no trigger to compare.
+        (10.0, 0.0, "0", True),
+    ],
+)
+def test_what_a_small_lead_settled_is_asked_for_again(
+    smallest: float, reached: float, acted: str, little: bool
+) -> None:
+    record = answer(0)
+    record["notes"]["inversion.acted_on"] = acted
+    record["series"] = {
+        "inversion.triggers.l1_pixels": [smallest, 80.0, 90.0, 100.0, 110.0, 120.0],
+        "inversion.triggers.reached": [reached, 1.0, 1.0, 1.0, 1.0, 1.0],
+    }
+    assert SCRIPT["was_settled_by_little"](record) == little
+    record["cell"]["settings"]["settled_index"] = "3"
+    assert not SCRIPT["was_settled_by_little"](record)
+
+
+def test_answers_with_the_papers_settings_are_concerned_too() -> None:
+    record, paper = answer(0), settings_of(MNP.paper())
+    cell = record["cell"] | {"paper": True, "settings": paper | {"warp.learning_rate": "0.05"}}
+    assert SCRIPT["concerns"](record | {"cell": cell})
+    assert SCRIPT["carried_over"](record | {"cell": cell})["cell"]["settings"] == paper
 
 
 def test_other_questions_are_left_alone() -> None:
