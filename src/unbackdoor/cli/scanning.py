@@ -58,8 +58,15 @@ FEW_CLASSES = (
 )
 """The advice where clean models were compared with, and there are too few classes to say clean."""
 
+WARP = (
+    "Do not rely on this model yet: `unbackdoor purify` it, which acts on such a warp, scan the result again "
+    "and look at what it cost; or get it from a source you trust."
+)
+"""The advice where nothing but a warp stands out, by which no clean models were scored."""
+
 BY_GROUND: dict[Ground | None, str] = {
     "close": CLOSE,
+    "warp": WARP,
     "unsuited": OTHER_IMAGES,
     "too few classes": FEW_CLASSES,
 }

@@ -73,12 +73,14 @@ def finding(evidence: Evidence, clean: LabelledImages) -> str:
         )
     if evidence.name == "trigger_search":
         suspect = found["refined"][0]
-        limit = f"threshold {math.exp(threshold):.2f}" if threshold < 700 else "no threshold"
+        limit = _factor(threshold)
         measure = "what the median class needs" if "median" in found["reference"] else "the whole image"
         return (
             f"a trigger of {suspect['l1_pixels']:.1f} pixels ({suspect['image_fraction']:.1%} of the image) "
             f"leads to {target}, {math.exp(score):.2f} times less than {measure} ({limit})"
         )
+    if evidence.name == "warp_search":
+        return _warp(detection, target)
     if evidence.name == "mnp":
         return (
             f"magnitude and saliency of the filters correlate by {found['correlation']:.2f}, after "
@@ -88,3 +90,18 @@ def finding(evidence: Evidence, clean: LabelledImages) -> str:
         return f"the row of {target} in the head stands out by {score:.2f} robust deviations ({limit})"
     suspected = f", suspected target {target}" if target else ""
     return f"{evidence.title}: score {score:.3g} ({limit}){suspected}"
+
+
+def _warp(detection: Detection, target: str) -> str:
+    suspect, limit = detection.evidence["suspect"], _factor(detection.threshold)
+    if not target:
+        return f"no shift of the pixels by less than an eighth of the image leads to a class ({limit})"
+    return (
+        f"a shift of the pixels by {suspect['rms_shift_pixels']:.1f} leads {suspect['success']:.0%} of the "
+        f"images to {target}, {math.exp(detection.score):.2f} times less than what the median class needs "
+        f"({limit})"
+    )
+
+
+def _factor(threshold: float) -> str:
+    return f"threshold {math.exp(threshold):.2f}" if threshold < 700 else "no threshold"

@@ -17,7 +17,7 @@ from unbackdoor.compute import check_fits
 from unbackdoor.concentration import SMALLEST_CLASS_COUNT
 from unbackdoor.detect.calibration import CalibrationSet, Kind, flags_allowed, shipped_for, threshold_from
 from unbackdoor.detect.collapse import Collapse
-from unbackdoor.detect.evidence import DECIDING, KINDS, OTHER, REQUIRED, Evidence
+from unbackdoor.detect.evidence import DECIDING, KINDS, OTHER, REQUIRED, Evidence, finding
 from unbackdoor.detect.exposure import Exposure, Statistic, expose
 from unbackdoor.detect.head_weights import HeadWeights
 from unbackdoor.detect.joint import Joint, combine
@@ -25,9 +25,11 @@ from unbackdoor.detect.mnp import CorrelationRatio
 from unbackdoor.detect.plausibility import Plausibility, check_plausible
 from unbackdoor.detect.recovery import Recovery
 from unbackdoor.detect.registry import MODEL_DETECTORS
+from unbackdoor.detect.smallest import find_smallest
 from unbackdoor.detect.suspects import SuspectFilter, suspect_filters
 from unbackdoor.detect.trigger_search import FoundTriggers, RecoveredTrigger, TriggerSearch
 from unbackdoor.detect.verdict import (
+    VERDICTS,
     Confidence,
     Ground,
     Judgement,
@@ -35,7 +37,9 @@ from unbackdoor.detect.verdict import (
     confidence_of,
     too_few_images,
 )
+from unbackdoor.detect.warp_search import WarpSearch
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
+from unbackdoor.inversion import InvertedTrigger
 from unbackdoor.settings import configure
 from unbackdoor.suppression import Suppression
 from unbackdoor.types import Detection, LabelledImages, ModelDetector, Progress, silent
@@ -113,16 +117,22 @@ class Scan:
     whatever depends on whatever. MNP's correlation ratio and the rows of the head are computed, shown, and do
     not decide unless ``deciding`` names them; nor do ``others``.
 
+    Both kinds miss warps that few training images carried. Before a model is called ``clean``, the smallest
+    warp that leads to each class is therefore inverted; one far below the others raises a doubt. Clean models
+    were not scored by it, so that it flags nothing.
+
     ``backdoored``: p <= ``alpha``, which at most a share ``alpha`` of clean models meets.
     ``inconclusive``: p <= 2 ``alpha``; or there are too few images, no or too few clean models to compare
-    with, one of the two kinds of evidence is missing, or model and images do not fit together.
-    ``clean``: otherwise.
+    with, one of the two kinds of evidence is missing, model and images do not fit together, or there is a
+    doubt. ``clean``: otherwise.
 
     Args:
         suppression: Options of the suppression run.
         statistic: Readings of magnitude and saliency.
         search: Options of the trigger search.
         fast: Leave the trigger search out; the model cannot be called clean then.
+        doubt: Look for a warp before a model is called clean.
+        warps: Options of that search; its threshold is what raises a doubt.
         deciding: Detectors that decide, by name, in snake case or with dashes, of those that the clean models
             were scored by; ``collapse`` and ``trigger_search`` are among them.
         alpha: Largest false-positive rate, in (0, 1).
@@ -136,6 +146,8 @@ class Scan:
     statistic: Statistic = field(default_factory=Statistic)
     search: TriggerSearch = field(default_factory=TriggerSearch)
     fast: bool = False
+    doubt: bool = True
+    warps: WarpSearch = field(default_factory=WarpSearch)
     deciding: tuple[str, ...] = DECIDING
     alpha: float = 0.05
     calibration: CalibrationSet | None = None
@@ -223,9 +235,14 @@ class Scan:
         # Those at hand that were left out, of the same kind or refused, differ in the number of images.
         unsuited = calibration is None and self._at_hand(Kind.of(model, clean, classes)) is not None
         result = self.conclude(measured, clean, calibration, plausibility, unsuited=unsuited)
+        warp = None
+        if self.doubt and result.verdict == "clean":
+            result, warp = self._doubted(
+                result, model, clean, generator=rng.spawn(generator), progress=progress
+            )
         filters: tuple[SuspectFilter, ...] = ()
         if result.verdict != "clean":
-            trigger = None if result.trigger is None else result.trigger.trigger
+            trigger = warp if result.trigger is None else result.trigger.trigger
             filters = suspect_filters(model, clean, measured.exposure, trigger)
         return replace(
             result,
@@ -334,6 +351,43 @@ class Scan:
             exposure=measured.exposure,
             warnings=_no_trigger(suspect, measured.triggers, clean),
         )
+
+    def _doubted(
+        self,
+        result: ScanResult,
+        model: nn.Module,
+        clean: LabelledImages,
+        *,
+        generator: torch.Generator,
+        progress: Progress,
+    ) -> tuple[ScanResult, InvertedTrigger | None]:
+        """Look for a warp; return the result as it is then, and the warp if it raises a doubt."""
+        clock = _Stopwatch()
+        found = find_smallest(self.warps, model, clean, generator=generator, progress=progress)
+        detection = self.warps.judge(found)
+        doubtful = found.suspect.reached and bool(detection.is_backdoored)
+        evidence = Evidence(
+            kind=KINDS[self.search.name],
+            name=self.warps.name,
+            title=self.warps.title,
+            source=self.warps.source,
+            detection=detection,
+            decides=doubtful,
+            seconds=clock.lap(),
+        )
+        # Asked for by name, it ran before as well.
+        others = [each for each in result.evidence if each.name != evidence.name]
+        result = replace(result, evidence=(*others, evidence))
+        if not doubtful:
+            return result, None
+        said = f"{finding(evidence, clean)}, and no clean models were scored by that; else {result.reason}"
+        return replace(
+            result,
+            verdict=VERDICTS["warp"],
+            ground="warp",
+            reason=f"a warp stands out: {said}",
+            target_class=detection.target_class,
+        ), found.suspect
 
     def joint(self, scores: Mapping[str, float | None], calibration: CalibrationSet | None) -> Joint | None:
         """Compare the deciding scores with those of clean models; None if there is nothing to compare.

@@ -25,6 +25,7 @@ Ground = Literal[
     "too few classes",
     "incomplete",
     "close",
+    "warp",
     "nothing",
 ]
 """Why a verdict is what it is."""
@@ -38,6 +39,7 @@ VERDICTS: dict[Ground, Verdict] = {
     "too few classes": "inconclusive",
     "incomplete": "inconclusive",
     "close": "inconclusive",
+    "warp": "inconclusive",
     "nothing": "clean",
 }
 
@@ -274,8 +276,8 @@ def limits_of(*, images: int, fast: bool) -> tuple[str, ...]:
         f"The scan saw {images} clean images and no triggered one; other images may give another score.",
         "Not looked for: backdoors of one source class only, several triggers with different targets, and "
         "backdoors that wake only after fine-tuning, quantisation or compression.",
-        "What could fool it: dense triggers, or triggers that differ from image to image, that few training "
-        "images carried; an attacker who knows this scan and trains against it.",
+        "What could fool it: dense triggers, large warps, or triggers that differ from image to image, that "
+        "few training images carried; an attacker who knows this scan and trains against it.",
         "What could make it cry wolf: a shortcut in honest data, such as a watermark on one class, acts as a "
         "backdoor does.",
         "Thresholds are guaranteed only for models exchangeable with those that they were calibrated on.",

@@ -35,7 +35,7 @@ class WarpSearch:
         inversion: Of every class; its form is ``warp``.
         held_out_fraction: Share of the images on which success is measured, in [0, 1).
         fewest_classes: With fewer classes the score is relative to the largest shift.
-        threshold: Used without a calibration; a guess.
+        threshold: Used without a calibration: half of what the median class needs, as MNP asks for.
         calibration: Scores of clean models, or None.
         alpha: False-positive rate of a calibrated threshold.
     """
@@ -50,7 +50,7 @@ class WarpSearch:
     inversion: Inversion = field(default_factory=Inversion.warp)
     held_out_fraction: float = 0.2
     fewest_classes: int = 5
-    threshold: float = 1.0
+    threshold: float = 0.693
     calibration: Calibration | None = None
     alpha: float = 0.05
 

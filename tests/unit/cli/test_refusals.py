@@ -113,7 +113,10 @@ def test_unknown_settings_get_a_suggestion(run: Run, files: Files, tmp_path: Pat
         says="did you mean 'suppression.budget'? known are suppression.mu, suppression.",
     )
     refused(
-        run, *common, "nothing=1", says="known are suppression, statistic, search, deciding, alpha, smallest"
+        run,
+        *common,
+        "nothing=1",
+        says="known are suppression, statistic, search, doubt, warps, deciding, alpha",
     )
     refused(run, *common, "supression.budget=3", says="did you mean 'suppression'?")
     refused(run, *common, "suppression.budget", says="must read name=value")

@@ -18,7 +18,9 @@ from unbackdoor.detect.mm_bd import MaximumMargin
 from unbackdoor.detect.nc import TriggerSize
 from unbackdoor.detect.plausibility import Plausibility
 from unbackdoor.detect.scan import Measured, Scan, ScanResult
+from unbackdoor.detect.smallest import Smallest
 from unbackdoor.detect.trigger_search import FoundTriggers, RecoveredTrigger, TriggerSearch
+from unbackdoor.detect.warp_search import WarpSearch
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.rates import Rate
@@ -35,6 +37,7 @@ SCAN = Scan(
         second=Inversion(steps=50, batch_size=8, success=0.95),
         refined=1,
     ),
+    warps=WarpSearch(replace(Inversion.warp(), steps=20)),
 )
 
 FAST = replace(SCAN, fast=True)
@@ -201,6 +204,48 @@ def test_a_missing_trigger_is_explained(target: int | None, reached: bool, why: 
 def test_a_clean_twin_is_clean() -> None:
     result = scanned(calibrated(SCAN, 9.0, 9.0), planted(infected=False).model, images())
     assert (result.verdict, result.target_class, result.filters, result.trigger) == ("clean", None, (), None)
+
+
+@pytest.mark.parametrize(
+    ("norm", "success", "doubtful"),
+    [(0.4, 0.95, True), (1.8, 0.95, False), (0.4, 0.85, False)],
+)
+def test_a_small_warp_makes_a_clean_verdict_doubtful(
+    norm: float, success: float, doubtful: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No warp leads to the other classes: they count as an eighth of 16 pixels.
+    sizes = {3: (norm, success)}
+    triggers = [
+        InvertedTrigger(
+            k, torch.ones(1, 16, 16), torch.zeros(2, 6, 6), size, rate, rate >= 0.9, 9, form="warp"
+        )
+        for k, (size, rate) in ((k, sizes.get(k, (1.0, 0.1))) for k in range(8))
+    ]
+    found = Smallest(triggers, triggers[3], Rate(9, 10), 100, (3, 16, 16))
+    monkeypatch.setattr("unbackdoor.detect.scan.find_smallest", lambda *_, **__: found)
+    clean = images()
+    twin, scan = planted(infected=False).model, calibrated(SCAN, 9.0, 9.0)
+    result = scanned(scan, twin, clean)
+    evidence = result.evidence[-1]
+    assert (evidence.name, evidence.decides) == ("warp_search", doubtful)
+    if not doubtful:
+        assert (result.verdict, result.ground, result.target_class) == ("clean", "nothing", None)
+        assert result.filters == ()
+        return
+    assert (result.verdict, result.ground, result.target_class) == ("inconclusive", "warp", 3)
+    assert f"a shift of the pixels by {norm} leads 95% of the images" in result.reason
+    assert "5.00 times less than what the median class needs (threshold 2.00)" in result.reason
+    assert "no clean models were scored by that" in result.reason
+    assert "`unbackdoor purify` it" in advice_on(result)
+    assert scanned(replace(scan, doubt=False), twin, clean).verdict == "clean"
+
+
+def test_a_warp_is_looked_for_before_a_model_is_called_clean_only() -> None:
+    flagged = scanned(calibrated(SCAN, 0.3, 0.5), planted().model, images())
+    assert "warp_search" not in {each.name for each in flagged.evidence}
+    asked = replace(calibrated(SCAN, 9.0, 9.0), others=("warp-search",))
+    cleared = scanned(asked, planted(infected=False).model, images())
+    assert [each.name for each in cleared.evidence].count("warp_search") == 1
 
 
 def test_a_fast_scan_flags_and_never_clears() -> None:
