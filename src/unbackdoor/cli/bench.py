@@ -56,9 +56,14 @@ def bench(
     if plan:
         benching.show_plan(planned, only)
         return
+    wide_parts, wide_seeds = benching.asked_before(folder, chosen, named, part, seeds)
+    shown = Plan.of(
+        chosen, named, places, data or benching.data_of(chosen), parts=wide_parts, seeds=wide_seeds
+    )
     complete = benching.carry_out(
         planned,
         folder,
+        shown=shown,
         executor=executor or ("pool" if jobs > 1 else "inline"),
         jobs=jobs,
         address=address,

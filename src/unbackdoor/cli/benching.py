@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.table import Table
 
@@ -27,6 +27,8 @@ from unbackdoor.data import load_images
 from unbackdoor.data.digits import NAME as DIGITS
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.report.run import PLAN, RECORDS
+
+Wanted = TypeVar("Wanted")
 
 STATES = ("ok", "refused", "failed")
 """Of records of trainings: a model that is not there is trained whatever its record says."""
@@ -70,6 +72,7 @@ def carry_out(
     plan: Plan,
     folder: Path,
     *,
+    shown: Plan,
     executor: str,
     jobs: int,
     address: str,
@@ -82,6 +85,8 @@ def carry_out(
     retry: bool,
 ) -> bool:
     """Do a run; return whether every question has an answer that is no failure.
+
+    ``shown`` is what the folder is about from now on, see ``asked_before``.
 
     Raises:
         InvalidInputError: If data are missing, an option makes no sense, or the folder holds another run.
@@ -99,7 +104,7 @@ def carry_out(
             f"no question fits {' or '.join(map(repr, only))}; labels read like "
             f"{next((c.label for _, c in plan.cells().values()), 'badnets mnp seed 0')!r}."
         )
-    _keep_plan(plan, folder, fingerprint, only)
+    _keep_plan(shown, folder, fingerprint, only)
     for other in reuse:
         taken = take_over(plan, store, other, fingerprint)
         console.note(f"{taken} answers taken over from {other}")
@@ -110,7 +115,7 @@ def carry_out(
         for title, part in (("clean models", clean), ("infected models", infected)):
             if part:
                 _drive(part, laboratory, store, place, title=title, retry=STATES, wait=WAIT)
-        _keep_plan(plan, folder, fingerprint, only)
+        _keep_plan(shown, folder, fingerprint, only)
     cells = [cell for _, cell in plan.cells().values() if not only or fits_any(cell.label, only)]
     again = ("failed",) if retry else ()
     keys = {cell.key for cell in cells}
@@ -249,6 +254,41 @@ def _keep_plan(plan: Plan, folder: Path, fingerprint: str, only: Sequence[str]) 
         raise InvalidInputError(
             f"cannot write into {folder}: {error.strerror}; choose another --out."
         ) from error
+
+
+def asked_before(
+    folder: Path, suite: Suite, size: str, parts: Sequence[str], seeds: Sequence[int]
+) -> tuple[list[str], list[int]]:
+    """Return the parts and draws that a run was ever asked for, these included; none if that was all.
+
+    So a call for one part does not take what was asked before from the tables.
+
+    Args:
+        folder: Of the run.
+        suite: Its suite; parts and draws that it has no more are left out.
+        size: Name of its size.
+        parts: Asked for now; all if empty.
+        seeds: The same.
+    """
+    try:
+        kept = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        given, same = kept["given"], (kept["suite"], kept["size"]) == (suite.name, size)
+        before = list(given.get("part", [])), list(given.get("seeds", []))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        same = False
+    if not same:
+        return list(parts), list(seeds)
+    grids = suite.grids_of(size)
+    draws = {*suite.sizes[size].seeds, *(seed for grid in grids for seed in grid.seeds)}
+    return (
+        _together(before[0], parts, {grid.part for grid in grids}),
+        _together(before[1], seeds, draws),
+    )
+
+
+def _together(before: Sequence[Wanted], now: Sequence[Wanted], known: Collection[Wanted]) -> list[Wanted]:
+    """Return what was asked for at any time and is known; nothing, which is all, if that was ever asked."""
+    return [each for each in dict.fromkeys([*before, *now]) if each in known] if before and now else []
 
 
 def _patterns(folder: Path, only: Sequence[str]) -> list[str]:

@@ -104,7 +104,28 @@ def test_the_command_of_a_run_goes_on_with_what_was_asked(
     assert again() == command
     # All questions belong to the run from now on, whichever are asked once more.
     assert again("--only", "clean clp*", "--zoo", "z", "--models", "m") == f"{command} --zoo z --models m"
-    assert again("--part", "defences", "--seeds", 0) == f"{command} --part defences --seeds 0"
+    assert again("--part", "defences", "--seeds", 0) == command
+
+
+def test_a_run_is_about_all_parts_and_draws_that_were_ever_asked(
+    run: Run, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite.write_text(
+        SUITE + SUITE[SUITE.index("[[grid]]") :].replace("defences", "more") + "seeds = [0, 1]\n"
+    )
+
+    def asked(*arguments: object) -> str:
+        run("bench", suite.name, "--out", "mine", "--no-train", *arguments)
+        return read_run(Path("mine")).command.removeprefix("unbackdoor bench mine.toml --size cpu --out mine")
+
+    assert asked("--part", "defences", "--seeds", 0) == " --part defences --seeds 0"
+    assert asked("--part", "more", "--seeds", 1) == " --part defences --part more --seeds 0 --seeds 1"
+    assert asked("--part", "more") == " --part defences --part more"
+    # A part that the suite has no more is no part of the run either.
+    suite.write_text(SUITE)
+    assert asked("--part", "defences") == " --part defences"
+    assert asked() == ""
 
 
 def test_answers_of_another_run_to_the_same_questions_are_taken_over(
