@@ -47,6 +47,8 @@ class PerturbationSearch:
     needs: ClassVar[str] = "clean images with labels"
     form: ClassVar[Form] = "additive"
     partial: ClassVar[bool] = False
+    refined: ClassVar[int] = 0
+    restarts: ClassVar[int] = 0
 
     inversion: Inversion = field(default_factory=Inversion.additive)
     held_out_fraction: float = 0.2

@@ -59,6 +59,14 @@ class Search(Protocol):
     partial: ClassVar[bool]
 
     @property
+    def refined(self) -> int:
+        """How many classes, from the one that needs least, are inverted again; at least 0."""
+
+    @property
+    def restarts(self) -> int:
+        """How often each; at least 0."""
+
+    @property
     def inversion(self) -> Inversion:
         """Of every class."""
 
@@ -99,6 +107,10 @@ def check_options(search: Search) -> None:
             "this detector needs fewest_classes >= 3 and held_out_fraction in [0, 1), got "
             f"{search.fewest_classes} and {search.held_out_fraction}."
         )
+    if min(search.refined, search.restarts) < 0:
+        raise InvalidInputError(
+            f"refined and restarts must be at least 0, got {search.refined} and {search.restarts}."
+        )
 
 
 def needed(search: Search, trigger: InvertedTrigger, largest: float) -> float:
@@ -129,7 +141,7 @@ def find_smallest(
     generator: torch.Generator,
     progress: Progress,
 ) -> Smallest:
-    """Invert a trigger of every class.
+    """Invert a trigger of every class, and those of the classes that need least from further starts.
 
     Args:
         search: How.
@@ -147,7 +159,23 @@ def find_smallest(
     found = invert_all(model, learning, search.inversion, generator=rng.spawn(generator), progress=progress)
     channels, height, width = clean.images.shape[1:]
     largest = largest_norm(search.form, channels, height, width)
-    by_class = {trigger.target_class: trigger for trigger in found}
+    # One start may miss the small trigger that a class has.
+    ranked = sorted(found, key=lambda each: needed(search, each, largest))
+    again = [each.target_class for each in ranked[: search.refined] for _ in range(search.restarts)]
+    if again:
+        found += invert_all(
+            model,
+            learning,
+            search.inversion,
+            classes=again,
+            generator=rng.spawn(generator),
+            progress=progress,
+        )
+    by_class: dict[int, InvertedTrigger] = {}
+    for each in found:
+        best = by_class.get(each.target_class, each)
+        by_class[each.target_class] = min(best, each, key=lambda one: needed(search, one, largest))
+    found = tuple(by_class.values())
     # Where none works at all, the one that came nearest.
     nearest = [by_class[k] for k in smallest_classes(found, len(found))]
     suspect = min(nearest, key=lambda each: needed(search, each, largest))

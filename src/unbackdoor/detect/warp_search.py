@@ -33,6 +33,9 @@ class WarpSearch:
 
     Args:
         inversion: Of every class; its form is ``warp``.
+        refined: How many classes, from the one that needs least, are inverted again before they are compared:
+            one start may miss the small warp that a class has.
+        restarts: How often each.
         held_out_fraction: Share of the images on which success is measured, in [0, 1).
         fewest_classes: With fewer classes the score is relative to the largest shift.
         threshold: Used without a calibration: half of what the median class needs, as MNP asks for.
@@ -48,6 +51,8 @@ class WarpSearch:
     partial: ClassVar[bool] = True
 
     inversion: Inversion = field(default_factory=Inversion.warp)
+    refined: int = 3
+    restarts: int = 1
     held_out_fraction: float = 0.2
     fewest_classes: int = 5
     threshold: float = 0.693

@@ -12,11 +12,11 @@ from torch import Tensor
 from blocks import SixBlocks, six_blocks
 from unbackdoor import rng
 from unbackdoor.detect import WarpSearch
-from unbackdoor.detect.smallest import Smallest, needed
+from unbackdoor.detect.smallest import Smallest, find_smallest, needed
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.inversion import Inversion, InvertedTrigger
 from unbackdoor.rates import Rate
-from unbackdoor.types import LabelledImages
+from unbackdoor.types import LabelledImages, silent
 
 QUICK = WarpSearch(replace(Inversion.warp(), precision="fp32", control_points=3, steps=60))
 
@@ -77,6 +77,26 @@ def test_a_model_that_no_warp_works_on_scores_zero() -> None:
     assert not detection.undetermined
     assert detection.score == 0
     assert detection.target_class is None
+
+
+def test_the_classes_that_need_least_are_inverted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = [(1.5, 0.95), (2.0, 0.95), (2.5, 0.95), (3.0, 0.95), (1.0, 0.2), (1.0, 0.1)]
+    # Of class 1 both further starts are better, the second by more; of class 0 one is worse, and one fails.
+    further = {0: [(1.9, 0.95), (0.1, 0.0)], 1: [(1.2, 0.95), (0.8, 0.95)]}
+    asked: list[Any] = []
+
+    def invert(*_: Any, classes: Any = None, **__: Any) -> tuple[InvertedTrigger, ...]:  # noqa: ANN401
+        asked.append(classes)
+        if classes is None:
+            return tuple(trigger(k, norm, rate) for k, (norm, rate) in enumerate(first))
+        return tuple(trigger(k, *further[k].pop(0)) for k in classes)
+
+    monkeypatch.setattr("unbackdoor.detect.smallest.invert_all", invert)
+    search, model = WarpSearch(refined=2, restarts=2), Shifted(backdoor=False)
+    found = find_smallest(search, model, images(), generator=rng.generator(0), progress=silent)
+    assert asked == [None, [0, 0, 1, 1]]
+    assert [each.norm for each in found.triggers] == [1.5, 0.8, 2.5, 3.0, 1.0, 1.0]
+    assert found.suspect.target_class == 1
 
 
 def test_it_abstains_with_few_images() -> None:
