@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import cache
 from typing import Any, get_type_hints
 
 from unbackdoor.errors import InvalidInputError
@@ -183,15 +184,23 @@ def options_of(method: Any, prefix: str = "") -> list[Option]:  # noqa: ANN401 -
         method: An instance; its values are the defaults shown.
         prefix: Put before each path.
     """
-    texts, hints = argument_texts(type(method)), get_type_hints(type(method))
-    found = []
+    cls: Any = type(method)
+    known, found = _described(cls), []
     for field in fields(method):
         value, path = getattr(method, field.name), prefix + field.name
         if is_dataclass(value) and not isinstance(value, type):
             found += options_of(value, f"{path}.")
         else:
-            found.append(Option(path, kind_of(hints[field.name]), shown(value), texts.get(field.name, "")))
+            kind, text = known[field.name]
+            found.append(Option(path, kind, shown(value), text))
     return found
+
+
+@cache
+def _described(cls: type[Any]) -> Mapping[str, tuple[str, str]]:
+    """Return the type and the text of each field of a dataclass; a suite asks for them thousands of times."""
+    texts, hints = argument_texts(cls), get_type_hints(cls)
+    return {field.name: (kind_of(hints[field.name]), texts.get(field.name, "")) for field in fields(cls)}
 
 
 def argument_texts(cls: type[Any]) -> dict[str, str]:

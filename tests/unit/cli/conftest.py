@@ -27,6 +27,7 @@ ARCH = "unbackdoor.testing:planted_network"
 SEARCH = (
     "--set", "search.first.steps=50", "--set", "search.first.batch_size=8", "--set", "search.refined=1",
     "--set", "search.second.steps=50", "--set", "search.second.batch_size=8",
+    "--set", "warps.inversion.steps=20",
 )  # fmt: skip
 """A short trigger search, for which the calibrations of ``files`` are made."""
 

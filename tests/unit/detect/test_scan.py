@@ -243,7 +243,11 @@ def test_a_small_warp_makes_a_clean_verdict_doubtful(
 def test_a_warp_is_looked_for_before_a_model_is_called_clean_only() -> None:
     flagged = scanned(calibrated(SCAN, 0.3, 0.5), planted().model, images())
     assert "warp_search" not in {each.name for each in flagged.evidence}
-    asked = replace(calibrated(SCAN, 9.0, 9.0), others=("warp-search",))
+    asked = replace(
+        calibrated(SCAN, 9.0, 9.0),
+        others=("warp-search",),
+        other_options=("warp-search.inversion.steps=5",),
+    )
     cleared = scanned(asked, planted(infected=False).model, images())
     assert [each.name for each in cleared.evidence].count("warp_search") == 1
 
