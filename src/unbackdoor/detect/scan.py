@@ -361,33 +361,40 @@ class Scan:
         generator: torch.Generator,
         progress: Progress,
     ) -> tuple[ScanResult, InvertedTrigger | None]:
-        """Look for a warp; return the result as it is then, and the warp if it raises a doubt."""
-        clock = _Stopwatch()
-        found = find_smallest(self.warps, model, clean, generator=generator, progress=progress)
-        detection = self.warps.judge(found)
-        doubtful = found.suspect.reached and bool(detection.is_backdoored)
-        evidence = Evidence(
-            kind=KINDS[self.search.name],
-            name=self.warps.name,
-            title=self.warps.title,
-            source=self.warps.source,
-            detection=detection,
-            decides=doubtful,
-            seconds=clock.lap(),
-        )
-        # Asked for by name, it ran before as well.
-        others = [each for each in result.evidence if each.name != evidence.name]
-        result = replace(result, evidence=(*others, evidence))
+        """Look for a warp; return the result as it is then, and the warp if it raises a doubt.
+
+        Asked for by name it ran already, and is not looked for again: its opinion is calibrated if it can be.
+        """
+        warp, asked = None, next((e for e in result.evidence if e.name == self.warps.name), None)
+        if asked is None:
+            clock = _Stopwatch()
+            found = find_smallest(self.warps, model, clean, generator=generator, progress=progress)
+            asked = Evidence(
+                kind=KINDS[self.search.name],
+                name=self.warps.name,
+                title=self.warps.title,
+                source=self.warps.source,
+                detection=self.warps.judge(found),
+                decides=False,
+                seconds=clock.lap(),
+            )
+            warp = found.suspect
+        detection = asked.detection
+        # A class that no warp led to may score by how near one came.
+        doubtful = bool(detection.is_backdoored) and detection.evidence["suspect"]["reached"]
+        others = tuple(each for each in result.evidence if each.name != asked.name)
+        result = replace(result, evidence=(*others, replace(asked, decides=doubtful)))
         if not doubtful:
             return result, None
-        said = f"{finding(evidence, clean)}, and no clean models were scored by that; else {result.reason}"
+        chance = detection.p_value
+        beside = "no clean models were scored by that" if chance is None else f"p = {chance:.3f} by itself"
         return replace(
             result,
             verdict=VERDICTS["warp"],
             ground="warp",
-            reason=f"a warp stands out: {said}",
+            reason=f"a warp stands out: {finding(asked, clean)}, and {beside}; else {result.reason}",
             target_class=detection.target_class,
-        ), found.suspect
+        ), warp
 
     def joint(self, scores: Mapping[str, float | None], calibration: CalibrationSet | None) -> Joint | None:
         """Compare the deciding scores with those of clean models; None if there is nothing to compare.

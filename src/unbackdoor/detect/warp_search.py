@@ -28,8 +28,8 @@ class WarpSearch:
     success counts as larger, and at most as a shift of an eighth of the image. It sees warps that are the
     same for all images, however few training images carried them; patches and additive changes it misses.
 
-    The value means something beside clean models that were scored in the same way, and nothing without a
-    calibration.
+    The value means something beside clean models that were scored in the same way; without a calibration
+    it can raise a doubt (see ``Scan``), and flags nothing.
 
     Args:
         inversion: Of every class; its form is ``warp``.

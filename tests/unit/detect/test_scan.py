@@ -61,6 +61,7 @@ def calibrated(scan: Scan, collapse: float, search: float, count: int = 160, rec
         "trigger_search": search,
         "mnp": 0.0,
         "head_weights": 1.0,
+        "warp_search": 9.0,
     }
     return replace(
         scan,
@@ -240,16 +241,18 @@ def test_a_small_warp_makes_a_clean_verdict_doubtful(
     assert scanned(replace(scan, doubt=False), twin, clean).verdict == "clean"
 
 
-def test_a_warp_is_looked_for_before_a_model_is_called_clean_only() -> None:
+def test_a_warp_is_looked_for_before_a_model_is_called_clean_only(monkeypatch: pytest.MonkeyPatch) -> None:
     flagged = scanned(calibrated(SCAN, 0.3, 0.5), planted().model, images())
     assert "warp_search" not in {each.name for each in flagged.evidence}
-    asked = replace(
-        calibrated(SCAN, 9.0, 9.0),
-        others=("warp-search",),
-        other_options=("warp-search.inversion.steps=5",),
-    )
+    options = ("warp-search.inversion.steps=5",)
+    asked = calibrated(replace(SCAN, others=("warp-search",), other_options=options), 9.0, 9.0)
+    # Asked for by name it is not looked for again, and clean models that were scored by it tell.
+    monkeypatch.setattr("unbackdoor.detect.scan.find_smallest", None)
     cleared = scanned(asked, planted(infected=False).model, images())
-    assert [each.name for each in cleared.evidence].count("warp_search") == 1
+    (opinion,) = (each for each in cleared.evidence if each.name == "warp_search")
+    assert (cleared.verdict, opinion.decides) == ("clean", False)
+    assert opinion.detection.threshold == pytest.approx(9.006, abs=1e-3)
+    assert opinion.detection.p_value == 1
 
 
 def test_a_fast_scan_flags_and_never_clears() -> None:
