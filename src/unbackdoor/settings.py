@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass, replace
+from functools import cache
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -49,7 +50,8 @@ def _assigned(
     prefix: str = "",
     unlisted: Collection[str] = (),
 ) -> Any:
-    names, hints = [field.name for field in fields(target)], get_type_hints(type(target))
+    cls: Any = type(target)
+    names, hints = [field.name for field in fields(target)], _hints_of(cls)
     values: dict[str, Any] = {}
     parts = {field.name: _part_of(target, field) for field in fields(target)}
     inner: dict[str, list[tuple[list[str], str, str]]] = {}
@@ -76,6 +78,17 @@ def _assigned(
     return replace(target, **values)
 
 
+@cache
+def _hints_of(cls: type[Any]) -> Mapping[str, Any]:
+    """Return the types of a dataclass's fields; a suite asks for them thousands of times."""
+    return get_type_hints(cls)
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
 def _part_of(target: Any, field: Field[Any]) -> Any:
     """Return the dataclass in a field, the default one if it is left out, or None if there is never any."""
     current = getattr(target, field.name)
@@ -98,10 +111,9 @@ def _parse(kind: Any, value: str, full: str) -> Any:
         decoded = json.loads(value)
     except ValueError:
         decoded = [part.strip() for part in value.split(",")] if "," in value else value
-    adapter: TypeAdapter[Any] = TypeAdapter(kind)
     for candidate in (decoded, value, [value]):
         try:
-            found = adapter.validate_python(candidate)
+            found = _adapter(kind).validate_python(candidate)
             if any(isinstance(each, float) and math.isnan(each) for each in (found, *_members(found))):
                 raise InvalidInputError(f"option {full!r} cannot be {value!r}: it is no number.")
             return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from unbackdoor.catalogue import dashed
@@ -65,9 +66,11 @@ class Cell:
 
     def describe(self) -> dict[str, Any]:
         """Return JSON values; fields that came later are left out where they say what was meant before."""
-        return {k: v for k, v in asdict(self).items() if k not in LATER or v != LATER[k]}
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        own |= {"options": dict(self.options), "settings": dict(self.settings)}
+        return {k: v for k, v in own.items() if k not in LATER or v != LATER[k]}
 
-    @property
+    @cached_property
     def key(self) -> str:
         """SHA-256 of the canonical JSON text, in hexadecimal: equal cells have equal keys."""
         return key_of({"version": VERSION, **self.describe()})

@@ -203,23 +203,44 @@ def cell_of(
     **rest: Any,  # noqa: ANN401 - the other fields of a cell
 ) -> Cell:
     """Return the cell of a method on a model of a zoo, with all options spelt out."""
+    model, method_fields = model_fields(entry), asked_of(method, paper=paper, options=options, task=task)
+    return Cell(**model, **method_fields, data=data, **rest)
+
+
+def model_fields(entry: zoo.Entry) -> dict[str, Any]:
+    """Return the fields of a cell that say which model it is about.
+
+    Raises:
+        InvalidInputError: If the model's card does not name its weights.
+    """
     if "sha256" not in entry.card:
         raise InvalidInputError(
             f"the card of {entry.name} does not say which weights it speaks of; train that model again."
         )
+    return {"model": entry.name, "model_sha256": str(entry.card["sha256"])}
+
+
+def asked_of(
+    method: str,
+    *,
+    paper: bool = False,
+    options: Mapping[str, str] | None = None,
+    task: CellTask = "purify",
+) -> dict[str, Any]:
+    """Return the fields of a cell that say what is done, the same for every model: all options spelt out.
+
+    Raises:
+        InvalidInputError: If there is no such method or option.
+    """
     one = configured(task, method, paper, options or {})
-    return Cell(
-        model=entry.name,
-        model_sha256=str(entry.card["sha256"]),
-        data=data,
-        method=method if names_code(method) else one.name,
-        paper=paper,
-        options=dict(options or {}),
-        settings=settings_of(one),
-        task=task,
-        method_version=version_of(type(one)),
-        **rest,
-    )
+    return {
+        "method": method if names_code(method) else one.name,
+        "paper": paper,
+        "options": dict(options or {}),
+        "settings": settings_of(one),
+        "task": task,
+        "method_version": version_of(type(one)),
+    }
 
 
 LATER_OPTIONS = {

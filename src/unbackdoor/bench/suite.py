@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from unbackdoor.bench.cell import Cell, data_argument
-from unbackdoor.bench.defend import cell_of
+from unbackdoor.bench.defend import asked_of, model_fields
 from unbackdoor.bench.laboratory import Training
 from unbackdoor.bench.methods import METHODS, configured
 from unbackdoor.bench.spec import check_spec, jobs, read_spec
@@ -370,23 +370,20 @@ class Plan:
         size = self.suite.sizes[self.size]
         for method in methods_of(grid, self.suite.name):
             for options in variants(grid, method):
-                for model in self._models(grid):
+                asked = asked_of(method, paper=grid.paper, options=options, task=grid.task)
+                for model in filter(there.__contains__, self._models(grid)):
                     for clean_images in grid.clean_images:
-                        if model in there:
-                            yield cell_of(
-                                there[model],
-                                method,
-                                data=self.suite.data,
-                                paper=grid.paper,
-                                options=options,
-                                task=grid.task,
-                                clean_images=clean_images,
-                                seed=seed,
-                                test_images=size.test_images,
-                                reactivate=grid.reactivate,
-                                oracle=grid.oracle,
-                                samples=grid.samples,
-                            )
+                        yield Cell(
+                            **model_fields(there[model]),
+                            **asked,
+                            data=self.suite.data,
+                            clean_images=clean_images,
+                            seed=seed,
+                            test_images=size.test_images,
+                            reactivate=grid.reactivate,
+                            oracle=grid.oracle,
+                            samples=grid.samples,
+                        )
 
     def describe(self) -> dict[str, Any]:
         """Return JSON values: what belongs to the run, and how it is shown."""
