@@ -326,7 +326,7 @@ SAMPLE_DETECTORS: dict[str, SampleDetector] = {
     "sc-an": SCAn(fewest=1),
     "sc-an-authors": SCAn(shrinkage=0.1, iterations=5, one_mean="authors", fewest=2),
     "strip": STRIP(n=5),
-    "strip-paper": STRIP.paper(n=5),
+    "strip-mean": STRIP(n=5, sample_weight=0.5, overlay_weight=0.5),
     "scale-up": ScaleUp(),
     "scale-up-data-free": ScaleUp("data_free", scales=(2.0, 4.0)),
     "ibd-psc": IBDPSC(),

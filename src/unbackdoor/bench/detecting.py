@@ -32,6 +32,10 @@ FALSE_POSITIVES = 0.01
 FOUND = 0.5
 """Share of triggered inputs that have to be flagged."""
 
+ALSO_AT = (0.05, 0.1, 0.2)
+"""Shares of clean inputs at which it is told as well how many triggered ones are flagged: a score that
+triggered inputs share with more than one clean image in a hundred flags none at the share above."""
+
 MOST_INPUTS = 1000
 """Triggered, and as many clean, inputs."""
 
@@ -138,8 +142,7 @@ def _inputs(
         model, torch.cat([bad, good]), clean, labels=None, generator=generator, progress=progress
     )
     on_bad, on_good = scores[: len(bad)], scores[len(bad) :]
-    threshold = float(torch.quantile(on_good.double(), 1 - FALSE_POSITIVES))
-    caught = Rate.of(on_bad.double() > threshold)
+    caught = caught_at(FALSE_POSITIVES, on_bad, on_good)
     return {
         "score": _finite(caught.value),
         "threshold": FOUND,
@@ -149,8 +152,20 @@ def _inputs(
         "undetermined": "",
         "target_class": None,
         "inputs_caught": caught.describe(),
+        "inputs_caught_at": {f"{share:g}": caught_at(share, on_bad, on_good).value for share in ALSO_AT},
         "area_under_curve": area(on_bad, on_good),
     }
+
+
+def caught_at(share: float, positive: Tensor, negative: Tensor) -> Rate:
+    """Return how many scores of the first kind are above what a share of the second kind exceeds.
+
+    Args:
+        share: In (0, 1).
+        positive: ``(P,)``.
+        negative: ``(N,)``.
+    """
+    return Rate.of(positive.double() > torch.quantile(negative.double(), 1 - share))
 
 
 def area(positive: Tensor, negative: Tensor) -> float:

@@ -25,8 +25,12 @@ class IBDPSC:
     Source: Hou, Feng, Hua, Luo, Zhang, Li, "IBD-PSC: Input-level Backdoor Detection via Parameter-oriented
     Scaling Consistency", ICML 2024, arXiv 2405.09786. Version i of the model has scale and shift of its
     last i batch norms multiplied by omega. The first depth k is the smallest at which more than a share xi
-    of the clean images is answered wrongly; the score is the mean, over the versions k to k + n - 1, of the
-    probability of the class that the unchanged model answers with. The paper flags 0.9 and more.
+    of the clean images is answered wrongly; PSC is the mean, over the versions k to k + n - 1, of the
+    probability of the class that the unchanged model answers with. The paper flags PSC of 0.9 and more.
+
+    The score is ``-ln(1 - PSC)``, which orders samples as PSC does: 2.3 is the paper's 0.9. Scaled norms make
+    logits large, and the PSC of a tenth of the clean images, often those of the attacked class, rounds to 1
+    as that of triggered ones does, so that no threshold on PSC itself tells them apart (RESULTS.md).
 
     "Last" is meant in the order in which the network runs. The authors' code takes the order in which modules
     were registered, which differs for shortcuts, and averages from k + 1 on; where no depth reaches xi it
@@ -53,6 +57,8 @@ class IBDPSC:
     n: int = 5
     xi: float = 0.6
 
+    version: ClassVar[int] = 2
+
     def __post_init__(self) -> None:
         if not 1 < self.omega < math.inf or self.n < 1 or not 0 <= self.xi < 1:
             raise InvalidInputError(
@@ -70,7 +76,7 @@ class IBDPSC:
         generator: torch.Generator,
         progress: Progress = silent,
     ) -> Tensor:
-        """Return float32 ``(N,)`` in [0, 1], higher for more suspicious samples; see ``SampleDetector``.
+        """Return float32 ``(N,)``, at least 0, higher for more suspicious samples; see ``SampleDetector``.
 
         Args:
             model: Takes float images in [0, 1]; left untouched.
@@ -88,23 +94,24 @@ class IBDPSC:
         check_samples(model, samples, clean, labels)
         norms = norm_tensors(find_filters(model, as_float(clean.images[:1])))
         answers = check_answers(predictions_of(model, samples))
-        confidences: list[Tensor] = []
+        doubts: list[Tensor] = []
         error = 0.0
         for depth, version in enumerate(amplified(model, norms, self.omega), 1):
-            if not confidences:
+            if not doubts:
                 error = 1 - accuracy_of(version, clean)
             if error > self.xi:
-                confidences.append(confidence(version, samples, answers))
+                doubts.append(log_doubt(version, samples, answers))
             progress("scaling norms", depth, len(norms))
-            if len(confidences) == self.n:
+            if len(doubts) == self.n:
                 break
-        if not confidences:
+        if not doubts:
             raise UnsupportedModelError(
                 f"with all {len(norms)} norms scaled by {self.omega:g} the clean error is {error:.2f}, not "
                 f"above xi = {self.xi:g}, so that confidence does not tell triggered from clean images; "
                 "raise omega, lower xi, or choose another method."
             )
-        return torch.stack(confidences).mean(0)
+        mean = torch.logsumexp(torch.stack(doubts), 0) - math.log(len(doubts))
+        return -mean.clamp(max=0).float()
 
 
 def norm_tensors(filter_map: FilterMap) -> tuple[tuple[str, ...], ...]:
@@ -146,8 +153,19 @@ def amplified(model: nn.Module, norms: Sequence[tuple[str, ...]], omega: float) 
         yield work
 
 
-def confidence(model: nn.Module, images: Tensor, answers: Tensor) -> Tensor:
-    """Return the probability of ``answers`` ``(N,)`` for ``images``, float32 ``(N,)`` on the CPU."""
-    probabilities = logits_of(model, images).float().softmax(1).cpu()
-    # Many scaled norms can overflow; a model without an answer has no confidence.
-    return probabilities.gather(1, answers.unsqueeze(1)).squeeze(1).nan_to_num(nan=0.0)
+def log_doubt(model: nn.Module, images: Tensor, answers: Tensor) -> Tensor:
+    """Return the logarithm of what probability all classes but ``answers`` have together.
+
+    Args:
+        model: Gives logits.
+        images: ``(N, C, H, W)``.
+        answers: int64 ``(N,)``.
+
+    Returns:
+        float64 ``(N,)`` on the CPU, at most 0; 0 where the model overflows: without an answer it has no
+        confidence.
+    """
+    probabilities = logits_of(model, images).cpu().double().log_softmax(1)
+    others = probabilities.scatter(1, answers.unsqueeze(1), -math.inf).logsumexp(1)
+    # Where all other logits are -inf nothing is left of them.
+    return others.nan_to_num(nan=0.0, neginf=float(torch.finfo(torch.float32).min))

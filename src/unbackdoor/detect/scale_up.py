@@ -27,7 +27,10 @@ class ScaleUp:
     (SPC) of a sample is the share of the copies ``clip(s x)``, s in ``scales``, that get the answer which the
     sample itself gets. That is the score of the data-free variant. The data-limited variant takes, from
     clean images of the class that the sample is answered with, the mean of their SPC off and divides by their
-    standard deviation. The paper flags 0.5 and more in both.
+    standard deviation. The paper flags 0.5 and more in both, and prefers the data-limited one; the default
+    here is the other. In an infected model scaled clean images, too, end in the attacked class: what it is
+    answered with keeps its answer usually, so that triggered samples do not stand out in their class, while
+    clean ones of other classes do (RESULTS.md).
 
     Public code disagrees: BackdoorBox takes one mean and deviation over all classes, which leaves the order
     of the data-free scores as it is, and compares scaled clean images with their labels; backdoor-toolbox
@@ -52,7 +55,7 @@ class ScaleUp:
     source: ClassVar[str] = "Guo et al. 2023, arXiv 2302.03251"
     needs: ClassVar[str] = "clean images; the samples in question"
 
-    variant: Literal["data_free", "data_limited"] = "data_limited"
+    variant: Literal["data_free", "data_limited"] = "data_free"
     scales: tuple[float, ...] = (3.0, 5.0, 7.0, 9.0, 11.0)
 
     def __post_init__(self) -> None:

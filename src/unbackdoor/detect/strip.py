@@ -25,12 +25,12 @@ class STRIP:
     clean images and flags what lies below its 1 % quantile; here the caller sets the threshold.
 
     Public code blends in five ways. The authors' notebook adds float images of [0, 1] without a clip, up to
-    values of 2 (``paper = true`` in a suite, ``STRIP.paper()`` in Python). The default is their mean, as in
-    TrojanZoo and ART: the same blend at half the brightness, which stays in the range that models are made
-    for. VinAIResearch's code adds bytes that saturate (weights 1 and 1): of images brighter than mid-grey all
-    blends are white, and clean samples get certain answers too. backdoor-toolbox's firewall has 1 and 0.5
-    with a clip. BackdoorBench adds images after normalisation; as that is inside of the model here, it is
-    not offered.
+    values of 2; that is the default. TrojanZoo and ART take the mean (weights of 0.5), the same blend at half
+    the brightness, which stays in the range that models are made for, but halves the trigger as well: on our
+    models it tells next to nothing (RESULTS.md). VinAIResearch's code adds bytes that saturate (``clip``): of
+    images brighter than mid-grey all blends are white, and clean samples get certain answers too.
+    backdoor-toolbox's firewall has 1 and 0.5 with a clip. BackdoorBench adds images after normalisation; as
+    that is inside of the model here, it is not offered.
 
     Deviations: all samples are blended with the same clean images, drawn without replacement, so that a
     score does not depend on what else is scored, and differences between samples are not differences
@@ -53,9 +53,9 @@ class STRIP:
     needs: ClassVar[str] = "clean images; the samples in question"
 
     n: int = 100
-    sample_weight: float = 0.5
-    overlay_weight: float = 0.5
-    clip: bool = True
+    sample_weight: float = 1.0
+    overlay_weight: float = 1.0
+    clip: bool = False
 
     def __post_init__(self) -> None:
         if self.n < 1 or not (0 < self.sample_weight < math.inf and 0 < self.overlay_weight < math.inf):
@@ -65,9 +65,9 @@ class STRIP:
             )
 
     @staticmethod
-    def paper(n: int = 100) -> STRIP:
-        """Return the authors' blend, the sum without a clip."""
-        return STRIP(n=n, sample_weight=1.0, overlay_weight=1.0, clip=False)
+    def paper() -> STRIP:
+        """Return the authors' settings, which are the defaults."""
+        return STRIP()
 
     def score(
         self,

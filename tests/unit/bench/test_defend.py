@@ -17,7 +17,7 @@ from unbackdoor.bench import zoo
 from unbackdoor.bench.artefact import save_clean, save_infected
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.defend import Bench, cell_of, is_older, line_of, run
-from unbackdoor.bench.detecting import area, training_set
+from unbackdoor.bench.detecting import area, caught_at, training_set
 from unbackdoor.bench.recording import series
 from unbackdoor.bench.saliency import triggered
 from unbackdoor.bench.store import Record, Store
@@ -206,6 +206,8 @@ def test_detectors_of_models_training_sets_and_inputs_are_asked_in_their_ways(be
     assert inputs["kind"] == "inputs"
     assert inputs["inputs_caught"]["n"] == 45  # of 60 test images, those that are not of the target class
     assert 0 <= inputs["area_under_curve"] <= 1
+    caught = [inputs["inputs_caught"]["value"], *inputs["inputs_caught_at"].values()]
+    assert caught == sorted(caught)
     json.dumps([model, trained_on, inputs], allow_nan=False)
     refused = detection(bench, "clean", "strip")
     assert (refused["status"], "no triggered inputs" in refused["problem"]) == ("refused", True)
@@ -223,6 +225,13 @@ def test_the_suspect_training_set_carries_the_poison(bench: Bench) -> None:
     assert training_set(TRAIN, None, 0, rng.generator(0)) is TRAIN
     with pytest.raises(InvalidInputError, match="of a training set of 10"):
         training_set(TRAIN.subset(torch.arange(10)), infected, 0, rng.generator(0))
+
+
+def test_inputs_above_what_a_share_of_clean_ones_exceeds_by_hand() -> None:
+    clean = torch.tensor([0.0] * 8 + [1.0] * 2)
+    assert caught_at(0.2, torch.tensor([1.0, 0.5]), clean).successes == 2
+    # Two of ten clean scores equal those of triggered inputs: below that share nothing can be flagged.
+    assert caught_at(0.1, torch.tensor([1.0, 0.5]), clean).successes == 0
 
 
 def test_the_area_under_the_curve_by_hand() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor import rng
-from unbackdoor.detect.ibd_psc import IBDPSC, amplified, confidence, norm_tensors
+from unbackdoor.detect.ibd_psc import IBDPSC, amplified, log_doubt, norm_tensors
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.filters import find_filters
 from unbackdoor.testing import planted_backdoor
@@ -57,6 +57,11 @@ CLEAN = pixels((1.0, 0.0), (1.0, 0.0))
 BOTH = pixels((1.0, 0.0), (1.0, 1.0)).images
 
 
+def psc(scores: Tensor) -> list[float]:
+    """Return PSC, which the score is minus the logarithm of one minus."""
+    return (1 - (-scores.double()).exp()).tolist()
+
+
 def by_hand(depth: int, trigger: bool) -> float:
     """Return the confidence of class 1, or 0 for a trigger, with the last ``depth`` norms scaled by 1.5."""
     c = 1.5 ** (depth - 1)
@@ -91,14 +96,15 @@ def test_the_score_is_the_mean_confidence_from_the_first_wrong_depth_on_by_hand(
         Waking(), BOTH, CLEAN, generator=rng.generator(0), progress=lambda *event: seen.append(event)
     )
     expected = [(by_hand(2, trigger) + by_hand(3, trigger)) / 2 for trigger in (False, True)]
-    assert scores.tolist() == pytest.approx(expected, abs=1e-6)
-    assert scores[1] > 0.9 > scores[0]
+    assert psc(scores) == pytest.approx(expected, abs=1e-6)
+    # The second is certain of its answer as far as float32 can tell, and how certain is told all the same.
+    assert scores[1] > 40 > -math.log(0.1) > scores[0]
     assert seen[-1] == ("scaling norms", 3, 3)
 
 
 def test_no_more_than_n_versions_are_read() -> None:
     scores = IBDPSC(n=1).score(Waking(), BOTH, CLEAN, generator=rng.generator(0))
-    assert scores.tolist() == pytest.approx([by_hand(2, False), by_hand(2, True)], abs=1e-6)
+    assert psc(scores) == pytest.approx([by_hand(2, False), by_hand(2, True)], abs=1e-6)
 
 
 def test_the_clean_error_must_exceed_xi() -> None:
@@ -136,7 +142,17 @@ def test_an_overflow_is_no_confidence() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return torch.full((len(images), 3), math.inf)
 
-    assert confidence(Infinite(), BOTH, torch.tensor([0, 1])).tolist() == [0.0, 0.0]
+    assert log_doubt(Infinite(), BOTH, torch.tensor([0, 1])).tolist() == [0.0, 0.0]
+
+
+def test_certainty_beyond_numbers_stays_a_number() -> None:
+    class Certain(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.tensor([[0.0, -math.inf]]).expand(len(images), 2)
+
+    found = log_doubt(Certain(), BOTH, torch.tensor([0, 1])).float()
+    assert found.isfinite().all()
+    assert found[1] == 0 > -1e30 > found[0]
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,7 @@ def test_the_share_of_kept_answers_by_hand() -> None:
     found = consistency(Bands(), flat(0.03, 0.1, 0.8, 0.3, 0.0).images, (3.0, 5.0, 7.0, 9.0, 11.0))
     assert found.answers.tolist() == [0, 0, 3, 1, 0]
     assert found.shares.tolist() == pytest.approx([0.6, 0.0, 1.0, 0.0, 1.0])
-    free = ScaleUp("data_free").score(
-        Bands(), flat(0.03, 0.8).images, flat(0.5, 0.6), generator=rng.generator(0)
-    )
+    free = ScaleUp().score(Bands(), flat(0.03, 0.8).images, flat(0.5, 0.6), generator=rng.generator(0))
     assert free.tolist() == pytest.approx([0.6, 1.0])
 
 
@@ -52,21 +50,21 @@ def test_class_statistics_by_hand() -> None:
 def test_the_data_limited_score_is_a_z_score_within_the_class_of_the_answer() -> None:
     # Clean images of class 0 have the shares 1 and 0 (mean 0.5, deviation 0.707), those of class 3 all 1.
     clean = flat(0.0, 0.1, 0.8, 0.9)
-    scores = ScaleUp().score(Bands(), flat(0.03, 0.8).images, clean, generator=rng.generator(0))
+    scores = ScaleUp("data_limited").score(Bands(), flat(0.03, 0.8).images, clean, generator=rng.generator(0))
     assert scores.tolist() == pytest.approx([0.1 / math.sqrt(0.5), 0.0])
 
 
 def test_constant_shares_divide_by_the_rounding_of_a_share() -> None:
     clean = flat(0.1, 0.1)
-    scores = ScaleUp().score(Bands(), flat(0.0).images, clean, generator=rng.generator(0))
+    scores = ScaleUp("data_limited").score(Bands(), flat(0.0).images, clean, generator=rng.generator(0))
     assert float(scores) == pytest.approx(5 * math.sqrt(12))
 
 
 def test_labels_make_no_difference() -> None:
     clean, samples = flat(0.0, 0.1, 0.8), flat(0.03, 0.3).images
     relabelled = LabelledImages(clean.images, torch.tensor([3, 2, 1]))
-    one = ScaleUp().score(Bands(), samples, clean, generator=rng.generator(0))
-    other = ScaleUp().score(
+    one = ScaleUp("data_limited").score(Bands(), samples, clean, generator=rng.generator(0))
+    other = ScaleUp("data_limited").score(
         Bands(), samples, relabelled, labels=torch.tensor([2, 2]), generator=rng.generator(1)
     )
     assert torch.equal(one, other)
@@ -80,7 +78,7 @@ def test_triggered_samples_of_the_planted_network_stand_out() -> None:
     labels = torch.cat([test.labels, test.labels])
     free, limited = (
         method.score(planted.model, samples, clean, generator=rng.generator(0))
-        for method in (ScaleUp("data_free"), ScaleUp())
+        for method in (ScaleUp(), ScaleUp("data_limited"))
     )
     triggered = (torch.arange(600) >= 300) & (labels != 3)
     assert float((free[triggered] >= 0.5).float().mean()) > 0.95

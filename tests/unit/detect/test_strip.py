@@ -46,10 +46,10 @@ def test_entropies_are_in_bits() -> None:
     ("detector", "levels"),
     [
         # What 0.75 becomes with 0.5 and 0, and what 0 becomes.
-        (STRIP(), (0.625, 0.375, 0.25, 0.0)),
-        (STRIP.paper(), (1.25, 0.75, 0.5, 0.0)),
-        (STRIP(sample_weight=1.0, overlay_weight=1.0), (1.0, 0.75, 0.5, 0.0)),
-        (STRIP(sample_weight=1.0, overlay_weight=0.5), (1.0, 0.75, 0.25, 0.0)),
+        (STRIP(sample_weight=0.5, overlay_weight=0.5), (0.625, 0.375, 0.25, 0.0)),
+        (STRIP(), (1.25, 0.75, 0.5, 0.0)),
+        (STRIP(clip=True), (1.0, 0.75, 0.5, 0.0)),
+        (STRIP(overlay_weight=0.5, clip=True), (1.0, 0.75, 0.25, 0.0)),
     ],
 )
 def test_the_score_is_minus_the_mean_entropy_of_the_blends_by_hand(
@@ -94,16 +94,18 @@ def test_triggered_samples_of_the_planted_network_stand_out() -> None:
 
 
 def test_a_sum_that_saturates_makes_clean_samples_look_certain() -> None:
-    # Squares on mid-grey: every sum is white. It is why the default is the mean.
+    # Squares on mid-grey: every sum that is clipped is white.
     planted = planted_backdoor(target_class=3)
     clean, test = (planted.clean_data(n, rng.generator(n)) for n in (20, 40))
-    mean, total = (
-        STRIP(sample_weight=weight, overlay_weight=weight).score(
-            planted.model, test.images, clean, generator=rng.generator(0)
-        )
-        for weight in (0.5, 1.0)
+    mean, clipped = (
+        detector.score(planted.model, test.images, clean, generator=rng.generator(0))
+        for detector in (STRIP(sample_weight=0.5, overlay_weight=0.5), STRIP(clip=True))
     )
-    assert float(mean.max()) < -1 < -0.02 < float(total.min())
+    assert float(mean.max()) < -1 < -0.02 < float(clipped.min())
+
+
+def test_the_default_is_the_authors_blend() -> None:
+    assert STRIP() == STRIP.paper() == STRIP(sample_weight=1.0, overlay_weight=1.0, clip=False)
 
 
 @pytest.mark.parametrize(
