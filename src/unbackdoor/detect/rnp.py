@@ -190,8 +190,8 @@ class UnlearntSample:
     Source: backdoor sample detection of RNP (arXiv 2305.14876): unlearning takes the clean task away and
     leaves the backdoor, so that triggered inputs keep their answer.
 
-    Deviations, as the procedure is not public: the score is the probability of that class on the copy, less
-    its mean over the clean images; the copy is read before it has collapsed, since then every input goes
+    Deviations, as the procedure is not public: the score is the log-odds of that class on the copy, less
+    their mean over the clean images (probabilities of an unlearnt copy round to 1); the copy is read before it has collapsed, since then every input goes
     there. The unlearning takes at most 300 steps at a constant rate and reads the accuracy in eval mode; the
     authors' takes up to 20 epochs, lowers the rate and reads it in train mode.
 
@@ -208,6 +208,8 @@ class UnlearntSample:
         default_factory=lambda: replace(Suppression.rnp(stop_accuracy=0.4), checks_per_epoch=4)
     )
 
+    version: ClassVar[int] = 2
+
     def score(
         self,
         model: nn.Module,
@@ -218,7 +220,7 @@ class UnlearntSample:
         generator: torch.Generator,
         progress: Progress = silent,
     ) -> Tensor:
-        """Return float32 ``(N,)`` in [-1, 1], higher for more suspicious samples; see ``SampleDetector``.
+        """Return float32 ``(N,)``, higher for more suspicious samples; see ``SampleDetector``.
 
         Args:
             model: Takes float images in [0, 1]; left untouched.
@@ -236,9 +238,15 @@ class UnlearntSample:
         unlearnt = suppress(model, clean, self.unlearning, generator=generator, progress=progress)
         target = int(unlearnt.class_share.argmax())
         usual, theirs = (
-            logits_of(unlearnt.model, images).softmax(1)[:, target] for images in (clean.images, samples)
+            _log_odds(logits_of(unlearnt.model, images), target) for images in (clean.images, samples)
         )
         return check_scores((theirs - usual.mean()).float().cpu())
+
+
+def _log_odds(logits: Tensor, target: int) -> Tensor:
+    """Return ``ln(p / (1 - p))`` of a class, float64 ``(N,)``."""
+    others = logits.double().index_fill(1, torch.tensor(target, device=logits.device), -math.inf)
+    return logits[:, target].double() - others.logsumexp(1)
 
 
 def _not_unlearnt(unlearnt: Suppressed, options: Suppression) -> str:

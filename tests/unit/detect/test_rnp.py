@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from unbackdoor import rng
 from unbackdoor.detect import UnlearntLabel, UnlearntSample, UnlearntTrigger
 from unbackdoor.detect.calibration import Calibration
+from unbackdoor.detect.rnp import _log_odds
 from unbackdoor.suppression import Check, Suppressed, Suppression
 from unbackdoor.testing import planted_backdoor
 from unbackdoor.types import as_float
@@ -107,3 +108,8 @@ def test_the_planted_label_trigger_and_samples_are_found() -> None:
     eligible = torch.cat([test.labels, test.labels]) != 3
     clean_scores, triggered = scores[:200][eligible[:200]], scores[200:][eligible[200:]]
     assert float((triggered.unsqueeze(1) > clean_scores).float().mean()) > 0.95
+
+
+def test_log_odds_by_hand_where_probabilities_are_one() -> None:
+    logits = torch.tensor([[math.log(3), 0.0, 0.0], [100.0, 0.0, 0.0], [0.0, 200.0, 0.0]])
+    assert _log_odds(logits, 0).tolist() == pytest.approx([math.log(1.5), 100 - math.log(2), -200])
