@@ -191,9 +191,10 @@ class UnlearntSample:
     leaves the backdoor, so that triggered inputs keep their answer.
 
     Deviations, as the procedure is not public: the score is the log-odds of that class on the copy, less
-    their mean over the clean images (probabilities of an unlearnt copy round to 1); the copy is read before it has collapsed, since then every input goes
-    there. The unlearning takes at most 300 steps at a constant rate and reads the accuracy in eval mode; the
-    authors' takes up to 20 epochs, lowers the rate and reads it in train mode.
+    their mean over the clean images; probabilities of an unlearnt copy would round to 1, for clean and
+    triggered inputs alike. The copy is read before it has collapsed, since then every input goes there. The
+    unlearning takes at most 300 steps at a constant rate and reads the accuracy in eval mode; the authors'
+    takes up to 20 epochs, lowers the rate and reads it in train mode.
 
     Args:
         unlearning: How the copy is unlearnt.
