@@ -98,8 +98,9 @@ def test_a_suspect_is_measured_once_for_all_methods(bench: Bench, monkeypatch: p
 
     monkeypatch.setattr("unbackdoor.bench.defend.evaluate", counted)
     fresh = Bench(bench.homes, TRAIN, TEST)
-    few = replace(cell(bench, "badnets", "clp"), test_images=40)
-    records = [fresh.answer(asked) for asked in (cell(bench, "badnets", "clp", u="2"), few, few)]
+    whole = replace(cell(bench, "badnets", "clp", **{"selection.amount": "count"}), reactivate=False)
+    few = replace(whole, test_images=40)
+    records = [fresh.answer(asked) for asked in (whole, few, few)]
     assert len(measured) == 3 + 2
     assert [record["before"]["clean_accuracy"]["n"] for record in records] == [60, 40, 40]
 
