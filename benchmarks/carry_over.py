@@ -7,9 +7,9 @@
 asks another thing than before, only where suppression was used and both decide differently, and `collapsed`
 (ADR 16) only where the filters that suppression exposed stayed. An answer without any would be the same
 today: it is written again as an answer to today's question, and says where it comes from. So is one without
-warps, whose step is another today (ADR 17), and where what settled the matter stood out by `settled_index`.
-Where one could act, the answer is named and must be asked again. Keys that the output holds already are left
-alone.
+warps, whose step is another today (ADR 17), where what settled the matter stood out by `settled_index`, and
+what was acted on by `outlier_index` (ADR 18). Where one could act, the answer is named and must be asked
+again. Keys that the output holds already are left alone.
 """
 
 from __future__ import annotations
@@ -114,10 +114,21 @@ def was_bent(record: Mapping[str, Any]) -> bool:
 
 def was_settled_by_little(record: Mapping[str, Any]) -> bool:
     """Say whether a trigger was acted on that stood out by less than settles a matter today."""
-    if "settled_index" in record["cell"]["settings"]:
+    return stood_out_by_less(record, "settled_index")
+
+
+def was_suspected_for_little(record: Mapping[str, Any]) -> bool:
+    """Say whether a trigger was acted on that stands out by less than makes a class suspicious today."""
+    return stood_out_by_less(record, "outlier_index")
+
+
+def stood_out_by_less(record: Mapping[str, Any], option: str) -> bool:
+    """Say whether a trigger was acted on that stood out by less than an option asks for, which it did not."""
+    if option in record["cell"]["settings"]:
         return False
     ways = {"inversion": "l1_pixels", "perturbation": "l2"}
-    return any(0 <= standing_out(record, way, norm) < MNP().settled_index for way, norm in ways.items())
+    bound = getattr(MNP(), option)
+    return any(0 <= standing_out(record, way, norm) < bound for way, norm in ways.items())
 
 
 def standing_out(record: Mapping[str, Any], way: str, norm: str) -> float:
@@ -140,6 +151,7 @@ ACTED = {
     "collapsed": was_kept,
     "warp.learning_rate": was_bent,
     "settled_index": was_settled_by_little,
+    "outlier_index": was_suspected_for_little,
 }
 """The options, and whether one could have acted."""
 

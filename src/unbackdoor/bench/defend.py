@@ -251,6 +251,7 @@ LATER_OPTIONS = {
         "partway": "false",
         "collapsed": "2",
         "settled_index": "0",
+        "outlier_index": "0",
     }
 }
 """Options that came after the first records, with what was meant before: equal questions keep their keys."""

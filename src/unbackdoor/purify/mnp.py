@@ -72,6 +72,10 @@ class MNP:
         outlier_share: Classes whose trigger's norm is at most this share of the median are suspicious, in
             (0, 1].
         warp_share: The same for warps, in (0, 1]. Mostly a share of an eighth of the image, see ``warp``.
+        outlier_index: They are only if, besides, that norm is smaller than the median by this many robust
+            standard deviations of the norms' logarithms, at least 0: the usual bound of an anomaly index.
+            Where classes differ much, as they do on larger images, a clean model has a patch of that share.
+            0 asks for nothing. Warps are not asked for it.
         anomaly_threshold: They are only if that norm's anomaly index is larger than this as well; the usual 2
             misses small patches where the norms of the other classes vary much.
         fewest_classes: With fewer valid norms no class is: their median says nothing.
@@ -147,6 +151,7 @@ class MNP:
     perturbation: Inversion = field(default_factory=Inversion.additive)
     warp: Inversion = field(default_factory=Inversion.warp)
     outlier_share: float = 0.35
+    outlier_index: float = 2.0
     warp_share: float = 0.5
     anomaly_threshold: float = 0.0
     fewest_classes: int = 5
@@ -208,10 +213,10 @@ class MNP:
             raise InvalidInputError(f"held_out_fraction must lie in [0, 1), got {self.held_out_fraction}.")
         if not 0 <= self.evidence < 1:
             raise InvalidInputError(f"evidence must lie in [0, 1), got {self.evidence}.")
-        if not (self.collapsed > 0 and self.settled_index >= 0):
+        if not (self.collapsed > 0 and self.settled_index >= 0 and self.outlier_index >= 0):
             raise InvalidInputError(
-                "collapsed must be larger than 0 and settled_index at least 0, got "
-                f"{self.collapsed} and {self.settled_index}."
+                "collapsed must be larger than 0, settled_index and outlier_index at least 0, got "
+                f"{self.collapsed}, {self.settled_index} and {self.outlier_index}."
             )
         if self.rounds < 1 or min(self.restarts, self.refined, self.retries) < 0:
             raise InvalidInputError(
@@ -257,6 +262,7 @@ class MNP:
             evidence=0.0,
             collapsed=2.0,
             settled_index=0.0,
+            outlier_index=0.0,
         )
 
     def purify(
@@ -395,10 +401,12 @@ class _Run:
         method, model = self.method, self.pruned()
         options: Inversion = getattr(method, way)
         share = method.warp_share if way == "warp" else method.outlier_share
+        asked = 0.0 if way == "warp" else method.outlier_index
         refined = method.refined if options.form == "patch" else 0
         triggers, found = suspects(
             model, self.learning, options, threshold=method.anomaly_threshold,
-            largest_share=share, fewest=method.fewest_classes, refined=refined, restarts=method.restarts,
+            largest_share=share, least_log_index=asked or -math.inf,
+            fewest=method.fewest_classes, refined=refined, restarts=method.restarts,
             unreached=_unreached(options, self.learning), smallest=method.act_on == "smallest",
             generator=rng.spawn(generator), progress=self.progress,
         )  # fmt: skip

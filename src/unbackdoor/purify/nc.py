@@ -220,6 +220,7 @@ def suspects(
     fewest: int,
     smallest: bool,
     largest_share: float = 1.0,
+    least_log_index: float = -math.inf,
     unreached: float = math.nan,
     refined: int = 0,
     restarts: int = 0,
@@ -240,6 +241,7 @@ def suspects(
         fewest: With fewer valid norms nothing is flagged.
         smallest: Act on the smallest mask that works if nothing is flagged.
         largest_share: Flagged classes also need a norm of at most this share of the median.
+        least_log_index: And an anomaly index of at least this by the norms' logarithms.
         unreached: The norm that classes without a trigger that works count as, and the largest that counts;
             NaN leaves them out.
         refined: How many classes, from the smallest trigger, get further starts.
@@ -260,9 +262,11 @@ def suspects(
         else ()
     )
     triggers = [_best((one, *(t for t in more if t.target_class == one.target_class))) for one in first]
-    indices, flagged = flagged_classes(
+    logs = _log_indices(triggers, fewest=fewest, unreached=unreached)
+    indices, small = flagged_classes(
         triggers, threshold, fewest=fewest, largest_share=largest_share, unreached=unreached
     )
+    flagged = [target for target in small if _at_least(logs[target], least_log_index)]
     middle = _median_norm(triggers, unreached)
     chosen = flagged or (smallest_reached(triggers) if smallest else [])
     found = {
@@ -271,7 +275,7 @@ def suspects(
         "median": None if math.isnan(middle) else middle,
         "flagged": flagged,
         "acted_on": chosen,
-        "log_index": _log_index(triggers, chosen, fewest=fewest, unreached=unreached),
+        "log_index": max((logs[k] for k in chosen if not math.isnan(logs[k])), default=None),
     }
     if more:
         found["inverted_anew"] = [trigger.describe() for trigger in more]
@@ -313,15 +317,17 @@ def flagged_classes(
     return indices, flagged
 
 
-def _log_index(
-    triggers: Sequence[InvertedTrigger], classes: Sequence[int], *, fewest: int, unreached: float
-) -> float | None:
-    """Return the largest anomaly index of ``classes`` by the norms' logarithms; None if there is none."""
+def _log_indices(triggers: Sequence[InvertedTrigger], *, fewest: int, unreached: float) -> dict[int, float]:
+    """Return the anomaly index of each class by the norms' logarithms, NaN where there is none."""
     # The maximum of NaN and anything after it is NaN.
     logs = [math.log(max(norm, _TINY)) for norm in norms_of(triggers, unreached=unreached)]
     indices = anomaly_indices(logs, fewest=fewest)
-    of_classes = [i for t, i in zip(triggers, indices, strict=True) if t.target_class in classes]
-    return max((index for index in of_classes if not math.isnan(index)), default=None)
+    return {trigger.target_class: index for trigger, index in zip(triggers, indices, strict=True)}
+
+
+def _at_least(index: float, bound: float) -> bool:
+    """Say whether an index reaches a bound; one that there is not does if the bound is -inf."""
+    return index >= bound or bound == -math.inf
 
 
 def _median_norm(triggers: Sequence[InvertedTrigger], unreached: float) -> float:

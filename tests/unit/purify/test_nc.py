@@ -155,13 +155,32 @@ def test_how_far_a_class_stands_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> 
     logs = [0.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
     inverted = tuple(trigger(k, math.exp(log)) for k, log in enumerate(logs))
     monkeypatch.setattr(nc, "invert_all", lambda *_, **__: inverted)
-    _, found = nc.suspects(
-        nn.Identity(), small_data(), Inversion(), threshold=0.0, fewest=5, smallest=False,
-        largest_share=0.1, generator=rng.generator(0),
-    )  # fmt: skip
-    # The median logarithm is 5, and the median distance from it 2.
-    assert found["acted_on"] == [0]
-    assert found["log_index"] == pytest.approx(5 / (1.4826 * 2))
+
+    def found(least: float) -> dict[str, Any]:
+        _, described = nc.suspects(
+            nn.Identity(), small_data(), Inversion(), threshold=0.0, fewest=5, smallest=False,
+            largest_share=0.2, least_log_index=least, generator=rng.generator(0),
+        )  # fmt: skip
+        return described
+
+    # The median logarithm is 5, and the median distance from it 2: classes 0 and 1 lie 1.69 and 0.67 below.
+    index = 5 / (1.4826 * 2)
+    assert found(-math.inf)["acted_on"] == [0, 1]
+    assert found(1.0)["acted_on"] == [0]
+    assert found(1.0)["log_index"] == pytest.approx(index)
+    assert (found(1.7)["acted_on"], found(1.7)["log_index"]) == ([], None)
+
+
+def test_where_no_index_says_anything_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Three norms are too few for a median.
+    monkeypatch.setattr(nc, "invert_all", lambda *_, **__: tuple(trigger(k, 1.0 + k) for k in range(3)))
+    monkeypatch.setattr(nc, "flagged_classes", lambda *_, **__: ([math.nan] * 3, [0]))
+    for least, acted in ((-math.inf, [0]), (0.0, [])):
+        _, found = nc.suspects(
+            nn.Identity(), small_data(), Inversion(), threshold=0.0, fewest=5, smallest=False,
+            least_log_index=least, generator=rng.generator(0),
+        )  # fmt: skip
+        assert found["acted_on"] == acted
 
 
 class Remember(nn.Module):
