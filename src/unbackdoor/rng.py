@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,15 @@ def generator(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
 def spawn(parent: torch.Generator) -> torch.Generator:
     """Draw an independent CPU generator from ``parent`` (which advances by one draw)."""
     return generator(draw_seed(parent))
+
+
+def spawn_for(parent: torch.Generator, purpose: str) -> torch.Generator:
+    """Draw a CPU generator from ``parent`` that shares no draws with one seeded alike for another purpose.
+
+    Attacker and defender, who both count their seeds from 0 and spawn alike, would choose the same images.
+    """
+    digest = hashlib.sha256(f"{purpose} {draw_seed(parent)}".encode()).digest()
+    return generator(int.from_bytes(digest[:8], "big") >> 2)
 
 
 def draw_seed(parent: torch.Generator) -> int:

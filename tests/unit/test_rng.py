@@ -23,6 +23,18 @@ def test_spawned_generators_are_independent_and_reproducible() -> None:
     assert torch.equal(parent.get_state(), twin.get_state())
 
 
+def test_generators_for_a_purpose_have_nothing_in_common_with_those_seeded_alike() -> None:
+    seeds = {
+        rng.spawn(rng.generator(0)).initial_seed(),
+        rng.spawn_for(rng.generator(0), "attack").initial_seed(),
+        rng.spawn_for(rng.generator(0), "defence").initial_seed(),
+        rng.spawn_for(rng.generator(1), "defence").initial_seed(),
+    }
+    assert len(seeds) == 4
+    again = rng.spawn_for(rng.generator(0), "defence").initial_seed()
+    assert again in seeds
+
+
 def test_isolated_seeds_inside_and_restores_outside() -> None:
     before = torch.get_rng_state()
     with rng.isolated(rng.generator(7)):

@@ -73,7 +73,7 @@ def detect(
         found = _described(detector.score(model, clean, generator=generator, progress=progress))
     elif hasattr(detector, "judge"):
         kind = "training set"
-        shown = training_set(train, infected, samples, rng.spawn(generator))
+        shown = training_set(train, infected, samples, rng.spawn_for(generator, "training set"))
         detection = detector.judge(
             model, shown.images, clean, labels=shown.labels, generator=generator, progress=progress
         )

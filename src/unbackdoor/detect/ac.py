@@ -76,6 +76,7 @@ class ActivationClustering:
     title: ClassVar[str] = "Activation clustering"
     source: ClassVar[str] = "Chen et al., SafeAI 2019, arXiv 1811.03728"
     needs: ClassVar[str] = "the suspect training set; its labels if there are any; no use of the clean images"
+    version: ClassVar[int] = 2
 
     rule: Literal["silhouette", "relative_size", "smaller", "larger", "distance"] = "silhouette"
     dimensions: int = 10

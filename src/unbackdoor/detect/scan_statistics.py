@@ -107,6 +107,7 @@ class SCAn:
     title: ClassVar[str] = "SCAn"
     source: ClassVar[str] = "Tang et al., USENIX Security 2021"
     needs: ClassVar[str] = "the suspect training set, its labels if there are any; clean images with labels"
+    version: ClassVar[int] = 2
 
     threshold: float = E_SQUARED
     shrinkage: float | None = None

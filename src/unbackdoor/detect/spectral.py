@@ -52,6 +52,7 @@ class SpectralSignatures:
     title: ClassVar[str] = "Spectral signatures"
     source: ClassVar[str] = "Tran, Li and Madry, NeurIPS 2018, arXiv 1811.00636"
     needs: ClassVar[str] = "the suspect training set; its labels if there are any"
+    version: ClassVar[int] = 2
 
     centre: Literal["class", "origin", "clean"] = "class"
     compare: Literal["raw", "rank"] = "raw"

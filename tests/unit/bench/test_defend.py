@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unbackdoor import rng
 from unbackdoor.attacks import BadNets
@@ -17,7 +17,7 @@ from unbackdoor.bench import zoo
 from unbackdoor.bench.artefact import save_clean, save_infected
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.defend import Bench, cell_of, is_older, line_of, run
-from unbackdoor.bench.detecting import area, caught_at, training_set
+from unbackdoor.bench.detecting import area, caught_at, detect, training_set
 from unbackdoor.bench.recording import series
 from unbackdoor.bench.saliency import triggered
 from unbackdoor.bench.store import Record, Store
@@ -31,7 +31,7 @@ from unbackdoor.models import build
 from unbackdoor.purify import CLP
 from unbackdoor.testing.subjects import small_data
 from unbackdoor.train import Recipe
-from unbackdoor.types import LabelledImages, LabelRule, Trigger
+from unbackdoor.types import Detection, LabelledImages, LabelRule, Trigger
 
 TRAIN, TEST = small_data(80), small_data(60)
 
@@ -226,6 +226,31 @@ def test_the_suspect_training_set_carries_the_poison(bench: Bench) -> None:
     assert training_set(TRAIN, None, 0, rng.generator(0)) is TRAIN
     with pytest.raises(InvalidInputError, match="of a training set of 10"):
         training_set(TRAIN.subset(torch.arange(10)), infected, 0, rng.generator(0))
+
+
+def test_what_is_shown_of_the_training_set_does_not_follow_the_attackers_draw(bench: Bench) -> None:
+    # The attacker draws by the same seed in the same way, as BadNets does with 0.
+    infected = zoo.load_infected(bench.entry("badnets"))
+    chosen = (
+        torch.randperm(len(TRAIN), generator=rng.spawn(rng.generator(0)))[: len(TRAIN) // 2].sort().values
+    )
+    plan = replace(infected.plan, indices=chosen, new_labels=torch.full((len(chosen),), 3))
+    seen: list[Tensor] = []
+
+    class Look:
+        def score(self, model: nn.Module, samples: Tensor) -> None: ...
+
+        def judge(
+            self, model: nn.Module, images: Tensor, clean: LabelledImages, *, labels: Tensor, **rest: object
+        ) -> Detection:
+            seen.append(labels)
+            return Detection(0.0, 1.0, "none")
+
+    detect(
+        Look(), infected.model, replace(infected, plan=plan), TEST, train=TRAIN, test=TEST,
+        samples=len(TRAIN) // 2, generator=rng.generator(0),
+    )  # fmt: skip
+    assert 0.3 < float((seen[0] == 3).float().mean()) < 0.85
 
 
 def test_inputs_above_what_a_share_of_clean_ones_exceeds_by_hand() -> None:
