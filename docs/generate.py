@@ -71,13 +71,13 @@ detectors of models are run and shown by `--detector NAME`.
 false-positive rate is not known.
 
 **What was measured.** Detectors of models are what `benchmarks/detection_trial.py` compares. Detectors of training sets and inputs are measured by
-the benchmark: `ac`, `sc` and `strip` by suites `smoke` and `table4`; `strip`, `rnp-sample`, `scale-up`, `ibd-psc` and `sc-an` on the paper's ten
+the benchmark: `ac`, `sc` and `strip` by suites `smoke` and `table4`; `screening`, `strip`, `rnp-sample`, `scale-up`, `ibd-psc` and `sc-an` on the paper's ten
 attacks by `benchmarks/inputs.toml`. Which were run says RESULTS.md.
 """
 
 SAMPLES_HEAD = """## Detectors of training sets and inputs
 
-They score samples: rows of a suspect training set, or inputs of a model in use. In Python, and in the
+They score samples: rows of a suspect training set, or inputs of a model in use. [`unbackdoor screen`](../how-to/screen-inputs.md) asks them, and the
 [benchmark](suites.md): a scan of a downloaded model has neither.
 
 Those of training sets (AC, SC, SCAn) also speak on the model, by the rule in their text: each class gets one statistic, and

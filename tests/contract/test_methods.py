@@ -51,6 +51,7 @@ from unbackdoor.detect.nc import TriggerSize
 from unbackdoor.detect.perturbation_search import PerturbationSearch
 from unbackdoor.detect.scale_up import ScaleUp
 from unbackdoor.detect.scan_statistics import SCAn
+from unbackdoor.detect.screening import Screening
 from unbackdoor.detect.spectral import SpectralSignatures
 from unbackdoor.detect.strip import STRIP
 from unbackdoor.detect.trigger_search import TriggerSearch
@@ -317,6 +318,8 @@ DETECTORS: dict[str, ModelDetector] = {
 }
 
 SAMPLE_DETECTORS: dict[str, SampleDetector] = {
+    "screening": Screening(strip=STRIP(n=5)),
+    "screening-unlearnt": Screening(strip=None, ibd_psc=None, unlearnt=UnlearntSample(SUPPRESSION), kept=0.5),
     "rnp-sample": UnlearntSample(SUPPRESSION),
     "ac": ActivationClustering(),
     "ac-whitened": ActivationClustering("distance", dimensions=2, whiten=True, restarts=2, fewest=1),

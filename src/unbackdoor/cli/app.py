@@ -18,6 +18,7 @@ from unbackdoor.cli.pipes import echo
 from unbackdoor.cli.purify import purify
 from unbackdoor.cli.report import report
 from unbackdoor.cli.scan import scan
+from unbackdoor.cli.screen import screen
 from unbackdoor.cli.tables import tables
 from unbackdoor.cli.zoo import zoo
 from unbackdoor.errors import UnbackdoorError
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find and remove backdoors in PyTorch image classifiers, given a few hundred clean images.",
 )
-for command in (scan, calibrate, purify, evaluate, attack, methods, bench, tables, report, demo):
+for command in (scan, calibrate, purify, screen, evaluate, attack, methods, bench, tables, report, demo):
     app.command()(command)
 app.add_typer(zoo, name="zoo")
 app.add_typer(graph, name="graph")

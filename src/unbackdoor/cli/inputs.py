@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from unbackdoor import rng
 from unbackdoor.bench.zoo import entry_at, load_network
@@ -136,6 +137,23 @@ def drawn_clean(
     counts = torch.bincount(learning.labels, minlength=loaded.num_classes)
     info = describe_data(learning, options, smallest=int(counts.min()))
     return CleanData(learning, held_out, info, (*drawn.warnings, *warnings))
+
+
+def like(images: Tensor, clean: LabelledImages, source: str) -> Tensor:
+    """Return images with the channels of the clean ones: grey ones become RGB.
+
+    Raises:
+        InvalidInputError: If they are colour images and the clean ones grey, or of another size.
+    """
+    channels, size = clean.images.shape[1], tuple(clean.images.shape[2:])
+    if images.shape[1] == 1 < channels:
+        images = images.expand(-1, channels, -1, -1).contiguous()
+    if images.shape[1] != channels or tuple(images.shape[2:]) != size:
+        raise InvalidInputError(
+            f"{source} holds images of shape {tuple(images.shape[1:])}, the clean ones have "
+            f"{tuple(clean.images.shape[1:])}; give images of the same kind, or one --image-size."
+        )
+    return images
 
 
 def describe_data(data: LabelledImages, options: DataOptions, *, smallest: int) -> DataInfo:

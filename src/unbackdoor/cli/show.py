@@ -19,6 +19,7 @@ from unbackdoor.report import documents as doc
 
 if TYPE_CHECKING:
     from unbackdoor.catalogue import Entry, Option
+    from unbackdoor.cli.screening import ScreenDocument
     from unbackdoor.detect.calibration import CalibrationSet
     from unbackdoor.models.loading import LoadedModel
 
@@ -99,6 +100,44 @@ def finish(document: doc.Document, *, as_json: bool, report: Path | None, said: 
     _tell(document, as_json=as_json, said=said)
     if report is not None:
         write_page([document], report, title=title_of(document), quiet=as_json)
+
+
+MOST_SHOWN = 20
+"""Flagged inputs in a terminal; --json has all."""
+
+
+def screened(document: ScreenDocument) -> None:
+    """Print what a screening found: the verdict first, then the most suspicious inputs."""
+    heads = {"triggered": "TRIGGERED", "nothing found": "NOTHING FOUND", "inconclusive": "INCONCLUSIVE"}
+    styles = {"triggered": "bold red", "nothing found": "bold green", "inconclusive": "bold yellow"}
+    style = styles[document.verdict]
+    console.results.print(f"[{style}]{heads[document.verdict]}[/]: {escape(document.reason)}.")
+    if document.target_class is not None and document.verdict != "nothing found":
+        words = doc.class_words(document.target_class, document.target_name)
+        count = sum(each.answer == document.target_class for each in document.flagged)
+        console.results.print(
+            f"The model answers {count} of these {len(document.flagged)} with {words}.", markup=False
+        )
+    if document.flagged:
+        table = Table(box=None, pad_edge=False)
+        p = document.false_alarms is not None
+        for name in ("input", "p" if p else "score", "the model says", *(["found by"] if p else [])):
+            table.add_column(name)
+        for each in document.flagged[:MOST_SHOWN]:
+            number = each.p_value if p else each.score
+            table.add_row(
+                escape(each.name),
+                "-" if number is None else f"{number:.2g}",
+                escape(doc.class_words(each.answer, each.answer_name)),
+                *([", ".join(each.found_by)] if p else []),
+            )
+        console.print_table(table)
+        if (more := len(document.flagged) - MOST_SHOWN) > 0:
+            console.results.print(f"and {more} more; --json has all.", markup=False)
+    for name in document.left_out:
+        console.results.print(f"{name} cannot read this network and was left out.", markup=False)
+    for limit in document.limits:
+        console.results.print(f"- {limit}", markup=False)
 
 
 def title_of(document: doc.Document) -> str:

@@ -7,6 +7,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from torch import Tensor
+
 from unbackdoor.data.archives import open_archive, read_member
 from unbackdoor.data.images import MAX_FILE_BYTES, decode_all
 from unbackdoor.data.labels import label_tensor
@@ -33,6 +35,28 @@ def read_folder(
     files, folders = _walk(path)
     layout = find_layout(files, folders, split=split, source=str(path))
     return _read(layout, lambda name: _content(path / name), path, image_size, limit)
+
+
+def read_loose(path: Path, *, image_size: int | None = None) -> tuple[Tensor, tuple[str, ...]]:
+    """Read an image file, or all image files in a folder and its sub-folders, without labels.
+
+    Args:
+        path: The file or folder.
+        image_size: Resize to this many pixels a side.
+
+    Returns:
+        The images as ``decode_all`` returns them, and their paths below the folder, sorted.
+
+    Raises:
+        InvalidInputError: If there are none, or an image cannot be read.
+    """
+    alone = path.is_file()
+    names = [path.name] if alone else sorted(name for name in _walk(path)[0] if _is_shown(name))
+    folder = path.parent if alone else path
+    images = decode_all(
+        ((name, _content(folder / name)) for name in names), len(names), source=str(path), size=image_size
+    )
+    return images, tuple(name.encode("utf-8", "replace").decode() for name in names)
 
 
 def read_zip(
@@ -83,6 +107,11 @@ def _read(
     # Names that are no valid Unicode exist on disk, and no report can hold them.
     names = tuple(name.encode("utf-8", "replace").decode() for name in layout.class_names)
     return LabelledImages(images, labels[rows], names)
+
+
+def _is_shown(name: str) -> bool:
+    """Say whether a path is that of an image that is not hidden."""
+    return is_image(name) and not Path(name).name.startswith(".")
 
 
 MOST_LEVELS = 8

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from unbackdoor.data.cifar_batches import has_batches, read_cifar_batches
 from unbackdoor.data.digits import NAME as DIGITS
 from unbackdoor.data.digits import read_digits
-from unbackdoor.data.folders import read_folder, read_zip
+from unbackdoor.data.folders import read_folder, read_loose, read_zip
 from unbackdoor.data.images import MAX_PIXELS
 from unbackdoor.data.labels import in_order
-from unbackdoor.data.layout import DEFAULT_SPLIT, choose_splits
+from unbackdoor.data.layout import DEFAULT_SPLIT, choose_splits, is_image
 from unbackdoor.data.npz import is_npz, read_npz
 from unbackdoor.data.parquet import find_parquet, read_parquet, read_parquet_folder
 from unbackdoor.errors import InvalidInputError
@@ -72,6 +74,33 @@ def load_images(
     else:
         data = _read(Path(path), split, image_size, limit)
     return data if class_names is None else in_order(data, class_names)
+
+
+def load_samples(
+    path: Path | str, *, split: str | None = None, image_size: int | None = None
+) -> tuple[LabelledImages | Tensor, tuple[str, ...]]:
+    """Read images that may have no labels, and what to call each.
+
+    Args:
+        path: An image file; a folder, of which all image files in it and its sub-folders are read; or
+            whatever else ``load_images`` reads, with labels.
+        split: As for ``load_images``; not used for image files.
+        image_size: As for ``load_images``.
+
+    Returns:
+        Labelled images, or uint8 ``(N, C, H, W)`` of image files; and a name each: the path of its file, or
+        its row.
+
+    Raises:
+        InvalidInputError: If nothing can be read.
+    """
+    place = Path(path)
+    if (place.is_file() and is_image(place.name)) or (
+        place.is_dir() and not has_batches(place) and not find_parquet(place)
+    ):
+        return read_loose(place, image_size=image_size)
+    data = load_images(path, split=split, image_size=image_size)
+    return data, tuple(f"row {row}" for row in range(len(data)))
 
 
 def _read(path: Path, split: str | None, image_size: int | None, limit: int | None) -> LabelledImages:

@@ -18,6 +18,7 @@ from unbackdoor.detect.rnp import UnlearntTrigger as UnlearntTrigger
 from unbackdoor.detect.scale_up import ScaleUp as ScaleUp
 from unbackdoor.detect.scan import Scan as Scan
 from unbackdoor.detect.scan_statistics import SCAn as SCAn
+from unbackdoor.detect.screening import Screening as Screening
 from unbackdoor.detect.spectral import SpectralSignatures as SpectralSignatures
 from unbackdoor.detect.strip import STRIP as STRIP
 from unbackdoor.detect.trigger_search import TriggerSearch as TriggerSearch

@@ -18,6 +18,7 @@ from unbackdoor.detect.recovery import Recovery
 from unbackdoor.detect.rnp import UnlearntLabel, UnlearntSample, UnlearntTrigger
 from unbackdoor.detect.scale_up import ScaleUp
 from unbackdoor.detect.scan_statistics import SCAn
+from unbackdoor.detect.screening import Screening
 from unbackdoor.detect.spectral import SpectralSignatures
 from unbackdoor.detect.strip import STRIP
 from unbackdoor.detect.trigger_search import TriggerSearch
@@ -45,6 +46,15 @@ MODEL_DETECTORS: dict[str, type[Any]] = {
 
 SAMPLE_DETECTORS: dict[str, type[Any]] = {
     cls.name: cls
-    for cls in (UnlearntSample, STRIP, ScaleUp, IBDPSC, ActivationClustering, SpectralSignatures, SCAn)
+    for cls in (
+        Screening,
+        STRIP,
+        IBDPSC,
+        UnlearntSample,
+        ScaleUp,
+        ActivationClustering,
+        SpectralSignatures,
+        SCAn,
+    )
 }
 """By ``name`` in snake_case (users write dashes); ``SampleDetector`` protocol, frozen dataclasses."""

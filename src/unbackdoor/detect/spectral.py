@@ -53,6 +53,7 @@ class SpectralSignatures:
     source: ClassVar[str] = "Tran, Li and Madry, NeurIPS 2018, arXiv 1811.00636"
     needs: ClassVar[str] = "the suspect training set; its labels if there are any"
     version: ClassVar[int] = 2
+    ranks_only: ClassVar[bool] = True
 
     centre: Literal["class", "origin", "clean"] = "class"
     compare: Literal["raw", "rank"] = "raw"

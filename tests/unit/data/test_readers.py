@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from unbackdoor.data import images as images_module
-from unbackdoor.data import load_images
+from unbackdoor.data import load_images, load_samples
 from unbackdoor.data.labels import in_order
 from unbackdoor.errors import InvalidInputError, MissingDependencyError
 from unbackdoor.types import LabelledImages
@@ -425,3 +425,30 @@ def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
     with pytest.raises(MissingDependencyError, match=r"\[data\]"):
         load_images(tmp_path)
+
+
+def test_samples_need_no_labels_and_have_names(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "set")
+    put(folder / "loose.png", 50)
+    (folder / "notes.txt").write_text("no image")
+    (folder / "dog" / "._a.bmp").write_bytes(b"left by another system")
+    images, names = load_samples(folder)
+    assert isinstance(images, torch.Tensor)
+    assert names == ("cat/x.PNG", "dog/a.bmp", "dog/b.png", "loose.png", "owl/deeper/y.png")
+    assert levels(images) == [30, 10, 20, 50, 40]
+    one, name = load_samples(folder / "dog" / "b.png", image_size=2)
+    assert isinstance(one, torch.Tensor)
+    assert (one.shape, name) == ((1, 3, 2, 2), ("b.png",))
+    with pytest.raises(InvalidInputError, match="holds no images"):
+        load_samples(put_nothing(tmp_path / "empty"))
+
+
+def test_samples_with_labels_are_named_by_their_row(tmp_path: Path) -> None:
+    data, names = load_samples(zipped(image_folder(tmp_path / "set"), tmp_path / "set.zip"))
+    assert isinstance(data, LabelledImages)
+    assert names == ("row 0", "row 1", "row 2", "row 3")
+
+
+def put_nothing(folder: Path) -> Path:
+    folder.mkdir()
+    return folder

@@ -1,0 +1,179 @@
+"""Screening: several detectors of inputs at one rate of false alarms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from unbackdoor import rng
+from unbackdoor.data.splits import split
+from unbackdoor.detect.ibd_psc import IBDPSC
+from unbackdoor.detect.rnp import UnlearntSample
+from unbackdoor.detect.samples import check_samples
+from unbackdoor.detect.strip import STRIP
+from unbackdoor.errors import InvalidInputError, UnsupportedModelError
+from unbackdoor.types import LabelledImages, Progress, SampleDetector, as_float, silent
+
+
+@dataclass(frozen=True)
+class Screening:
+    """Suspect the samples that one of several detectors finds more suspicious than it finds clean images.
+
+    Not of a paper; ours. Detectors of inputs fail on different triggers: a blend destroys warps, norms that
+    are turned up leave faint patterns behind (RESULTS.md). A share of the clean images is kept from the
+    detectors and scored with the samples. A sample has with each the conformal p-value ``(1 + #{kept images
+    with its score or more}) / (1 + kept images)`` (Vovk, Gammerman, Shafer, "Algorithmic Learning in a Random
+    World", Springer 2005); all together the smallest of these times their number (Bonferroni). So of clean
+    inputs that are like the clean images at most a share of p has that p or less, whatever the detectors.
+
+    The score is ``-log10 p``. It is never above ``log10((1 + kept images) / detectors)``: with few images no
+    sample can reach a small rate of false alarms. A detector that cannot read the network is left out.
+
+    Args:
+        strip: Sees triggers that survive a blend; None leaves it out.
+        ibd_psc: Sees triggers that hold out against louder norms; None leaves it out.
+        unlearnt: Sees triggers that an unlearnt copy still answers; None, the default, leaves it out.
+        kept: Share of the clean images that the detectors do not see, in (0, 1).
+    """
+
+    name: ClassVar[str] = "screening"
+    title: ClassVar[str] = "Screening: STRIP and IBD-PSC at one rate of false alarms"
+    source: ClassVar[str] = "Gao et al. 2019, arXiv 1902.06531; Hou et al. 2024, arXiv 2405.09786"
+    needs: ClassVar[str] = "clean images with labels; the samples in question without"
+
+    strip: STRIP | None = field(default_factory=lambda: STRIP(n=20))
+    ibd_psc: IBDPSC | None = field(default_factory=IBDPSC)
+    unlearnt: UnlearntSample | None = None
+    kept: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kept < 1:
+            raise InvalidInputError(f"kept must lie in (0, 1), got {self.kept}.")
+        if not self.detectors:
+            raise InvalidInputError("screening needs at least one of strip, ibd_psc and unlearnt.")
+
+    @property
+    def detectors(self) -> tuple[SampleDetector, ...]:
+        """Those that are used."""
+        return tuple(each for each in (self.strip, self.ibd_psc, self.unlearnt) if each is not None)
+
+    def score(
+        self,
+        model: nn.Module,
+        samples: Tensor,
+        clean: LabelledImages,
+        *,
+        labels: Tensor | None = None,
+        generator: torch.Generator,
+        progress: Progress = silent,
+    ) -> Tensor:
+        """Return float32 ``(N,)``, ``-log10 p``, at least 0; see ``SampleDetector``.
+
+        Args:
+            model: Takes float images in [0, 1]; left untouched.
+            samples: uint8 or float32 ``(N, C, H, W)`` in [0, 1].
+            clean: Clean images with labels, at least four; a few hundred.
+            labels: Checked, but not used: the model's answers are judged.
+            generator: Draws which images are kept, and all that the detectors draw; on the CPU.
+            progress: Called by the detectors.
+
+        Raises:
+            InvalidInputError: If there are no samples, too few clean images, or labels do not fit.
+            UnsupportedModelError: If no detector can read the model; what the last one said.
+        """
+        found = p_values(
+            self.detectors, model, samples, clean,
+            kept=self.kept, labels=labels, generator=generator, progress=progress,
+        )  # fmt: skip
+        return -together(found).log10().float()
+
+
+def p_values(
+    detectors: Sequence[SampleDetector],
+    model: nn.Module,
+    samples: Tensor,
+    clean: LabelledImages,
+    *,
+    kept: float = 0.75,
+    labels: Tensor | None = None,
+    generator: torch.Generator,
+    progress: Progress = silent,
+) -> dict[str, Tensor]:
+    """Return by name what detectors of inputs make of samples, compared with clean images they did not see.
+
+    Args:
+        detectors: Those that cannot read the model are left out.
+        model: Takes float images in [0, 1]; left untouched.
+        samples: uint8 or float32 ``(N, C, H, W)`` in [0, 1].
+        clean: Clean images with labels, at least four; a few hundred.
+        kept: Share of the clean images that the detectors do not see, in (0, 1).
+        labels: Checked, but not used.
+        generator: Draws which images are kept, and all that the detectors draw; on the CPU.
+        progress: Called by the detectors.
+
+    Returns:
+        p-values, float64 ``(N,)`` in (0, 1], at least ``1 / (1 + kept images)``.
+
+    Raises:
+        InvalidInputError: If there are no samples, too few clean images, or labels do not fit.
+        UnsupportedModelError: If no detector can read the model; what the last one said.
+    """
+    check_samples(model, samples, clean, labels, at_least=4)
+    shown, unseen = split(clean, kept, rng.spawn(generator))
+    both = torch.cat([as_float(part) for part in (samples, unseen.images.to(samples.device))])
+    found: dict[str, Tensor] = {}
+    refusal = UnsupportedModelError("no detector was named.")
+    for detector in detectors:
+        draws = rng.spawn(generator)
+        try:
+            scores = detector.score(model, both, shown, generator=draws, progress=progress)
+        except UnsupportedModelError as error:
+            refusal = error
+            continue
+        theirs, usual = scores.double().tensor_split([len(samples)])
+        found[detector.name] = conformal(theirs, usual)
+    if not found:
+        raise refusal
+    return found
+
+
+def together(found: Mapping[str, Tensor]) -> Tensor:
+    """Return the p-values of several detectors as one: the smallest times their number, at most 1."""
+    return (torch.stack(list(found.values())).amin(0) * len(found)).clamp(max=1.0)
+
+
+def conformal(scores: Tensor, clean: Tensor) -> Tensor:
+    """Return ``(1 + #{clean >= s}) / (1 + #clean)`` of each score.
+
+    Args:
+        scores: float64 ``(N,)``.
+        clean: float64 ``(M,)``, scores of what is clean.
+
+    Returns:
+        float64 ``(N,)``, from ``1 / (M + 1)`` to 1.
+    """
+    below = torch.searchsorted(clean.sort().values, scores.contiguous(), right=False)
+    return (1 + len(clean) - below).double() / (1 + len(clean))
+
+
+def more_than_chance(flagged: int, of: int, rate: float) -> float:
+    """Return how likely at least so many false alarms are if nothing is triggered.
+
+    The binomial tail ``P(X >= flagged)`` with ``of`` trials of chance ``rate``, as if each input had been
+    compared with clean images of its own.
+
+    Args:
+        flagged: Inputs that were flagged.
+        of: All inputs.
+        rate: Largest share of clean inputs that is flagged, in (0, 1).
+    """
+    counts = torch.arange(flagged, of + 1, dtype=torch.float64)
+    total = torch.tensor(float(of), dtype=torch.float64)
+    choose = torch.lgamma(total + 1) - torch.lgamma(counts + 1) - torch.lgamma(total - counts + 1)
+    logs = choose + counts * math.log(rate) + (total - counts) * math.log1p(-rate)
+    return min(1.0, float(logs.logsumexp(0).exp()))
