@@ -319,7 +319,7 @@ DETECTORS: dict[str, ModelDetector] = {
 
 SAMPLE_DETECTORS: dict[str, SampleDetector] = {
     "screening": Screening(strip=STRIP(n=5)),
-    "screening-unlearnt": Screening(strip=None, ibd_psc=None, unlearnt=UnlearntSample(SUPPRESSION), kept=0.5),
+    "screening-unlearnt": Screening(("rnp_sample",), rnp_sample=UnlearntSample(SUPPRESSION), kept=0.5),
     "rnp-sample": UnlearntSample(SUPPRESSION),
     "ac": ActivationClustering(),
     "ac-whitened": ActivationClustering("distance", dimensions=2, whiten=True, restarts=2, fewest=1),

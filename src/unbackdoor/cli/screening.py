@@ -163,7 +163,7 @@ def screen_inputs(
     """
     start = time.perf_counter()
     many = isinstance(detector, Screening)
-    used = detector.detectors if many else (detector,)
+    used = detector.asked if many else (detector,)
     kept = detector.kept if many else Screening().kept
     _check_resolution(round(kept * len(clean)), len(used), false_alarms)
     found = p_values(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from unbackdoor.detect.samples import check_samples
 from unbackdoor.detect.strip import STRIP
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.types import LabelledImages, Progress, SampleDetector, as_float, silent
+
+Part = Literal["strip", "ibd_psc", "rnp_sample"]
 
 
 @dataclass(frozen=True)
@@ -35,32 +37,37 @@ class Screening:
     sample can reach a small rate of false alarms. A detector that cannot read the network is left out.
 
     Args:
-        strip: Sees triggers that survive a blend; None leaves it out.
-        ibd_psc: Sees triggers that hold out against louder norms; None leaves it out.
-        unlearnt: Sees triggers that an unlearnt copy still answers; None, the default, leaves it out.
+        detectors: Which of them are asked: ``strip`` (triggers that survive a blend), ``ibd_psc`` (that hold
+            out against louder norms), ``rnp_sample`` (that a copy which has unlearnt the clean task answers).
+        strip: How.
+        ibd_psc: How.
+        rnp_sample: How.
         kept: Share of the clean images that the detectors do not see, in (0, 1).
     """
 
     name: ClassVar[str] = "screening"
-    title: ClassVar[str] = "Screening: STRIP and IBD-PSC at one rate of false alarms"
-    source: ClassVar[str] = "Gao et al. 2019, arXiv 1902.06531; Hou et al. 2024, arXiv 2405.09786"
+    title: ClassVar[str] = "Screening: several detectors of inputs at one rate of false alarms"
+    source: ClassVar[str] = "ours, of arXiv 1902.06531, 2405.09786 and 2305.14876"
     needs: ClassVar[str] = "clean images with labels; the samples in question without"
 
-    strip: STRIP | None = field(default_factory=lambda: STRIP(n=20))
-    ibd_psc: IBDPSC | None = field(default_factory=IBDPSC)
-    unlearnt: UnlearntSample | None = None
+    detectors: tuple[Part, ...] = ("strip", "ibd_psc")
+    strip: STRIP = field(default_factory=lambda: STRIP(n=20))
+    ibd_psc: IBDPSC = field(default_factory=IBDPSC)
+    rnp_sample: UnlearntSample = field(default_factory=UnlearntSample)
     kept: float = 0.75
 
     def __post_init__(self) -> None:
         if not 0 < self.kept < 1:
             raise InvalidInputError(f"kept must lie in (0, 1), got {self.kept}.")
-        if not self.detectors:
-            raise InvalidInputError("screening needs at least one of strip, ibd_psc and unlearnt.")
+        if not self.detectors or set(self.detectors) - set(get_args(Part)):
+            raise InvalidInputError(
+                f"detectors must name at least one of {', '.join(get_args(Part))}; got {self.detectors}."
+            )
 
     @property
-    def detectors(self) -> tuple[SampleDetector, ...]:
-        """Those that are used."""
-        return tuple(each for each in (self.strip, self.ibd_psc, self.unlearnt) if each is not None)
+    def asked(self) -> tuple[SampleDetector, ...]:
+        """The detectors that are asked."""
+        return tuple(getattr(self, name) for name in dict.fromkeys(self.detectors))
 
     def score(
         self,
@@ -87,7 +94,7 @@ class Screening:
             UnsupportedModelError: If no detector can read the model; what the last one said.
         """
         found = p_values(
-            self.detectors, model, samples, clean,
+            self.asked, model, samples, clean,
             kept=self.kept, labels=labels, generator=generator, progress=progress,
         )  # fmt: skip
         return -together(found).log10().float()

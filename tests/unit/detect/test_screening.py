@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor import rng
-from unbackdoor.detect.ibd_psc import IBDPSC
-from unbackdoor.detect.screening import Screening, conformal, more_than_chance, p_values, together
+from unbackdoor.detect.screening import Part, Screening, conformal, more_than_chance, p_values, together
 from unbackdoor.detect.strip import STRIP
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.testing import planted_backdoor
@@ -94,7 +93,7 @@ def test_false_alarms_are_no_more_than_their_rate() -> None:
 def test_triggered_samples_of_the_planted_network_are_told_at_a_low_rate() -> None:
     samples = torch.cat([as_float(TEST.images), PLANTED.trigger(as_float(TEST.images))])
     # On this network the mean of two images tells more than their sum.
-    screening = Screening(STRIP(n=10, sample_weight=0.5, overlay_weight=0.5, clip=True), ibd_psc=None)
+    screening = Screening(("strip",), STRIP(n=10, sample_weight=0.5, overlay_weight=0.5, clip=True))
     scores = screening.score(PLANTED.model, samples, CLEAN, generator=rng.generator(0))
     flagged = scores >= -math.log10(0.02)
     eligible = torch.cat([TEST.labels, TEST.labels]) != 3
@@ -104,9 +103,10 @@ def test_triggered_samples_of_the_planted_network_are_told_at_a_low_rate() -> No
 
 def test_a_detector_that_cannot_read_the_network_is_left_out() -> None:
     # IBD-PSC refuses this network: its clean answers survive.
+    ways: tuple[tuple[Part, ...], ...] = (("strip", "ibd_psc"), ("strip",))
     both, alone = (
-        Screening(ibd_psc=psc).score(PLANTED.model, TEST.images, CLEAN, generator=rng.generator(0))
-        for psc in (IBDPSC(), None)
+        Screening(asked).score(PLANTED.model, TEST.images, CLEAN, generator=rng.generator(0))
+        for asked in ways
     )
     assert torch.equal(both, alone)
     with pytest.raises(UnsupportedModelError, match="cannot be read"):
@@ -126,7 +126,8 @@ def test_the_others_draw_the_same_whether_one_refuses_or_not() -> None:
     [
         ({"kept": 0.0}, "kept must lie in"),
         ({"kept": 1.0}, "kept must lie in"),
-        ({"strip": None, "ibd_psc": None}, "at least one"),
+        ({"detectors": ()}, "at least one of strip, ibd_psc, rnp_sample"),
+        ({"detectors": ("strip", "ac")}, "at least one of strip, ibd_psc, rnp_sample"),
     ],
 )
 def test_senseless_options_are_refused(options: dict[str, Any], message: str) -> None:
