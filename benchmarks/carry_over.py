@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.defend import settings_of
+from unbackdoor.bench.recording import SIZES, stood_out
 from unbackdoor.bench.store import Store
-from unbackdoor.inversion import anomaly_indices
 from unbackdoor.purify import MNP
 
 WHY = "asked with other defaults of options that came later, which made no difference here"
@@ -113,36 +113,27 @@ def was_bent(record: Mapping[str, Any]) -> bool:
 
 
 def was_settled_by_little(record: Mapping[str, Any]) -> bool:
-    """Say whether a trigger was acted on that stood out by less than settles a matter today."""
-    return stood_out_by_less(record, "settled_index")
+    """Say whether triggers were acted on of which none stood out by what settles a matter today."""
+    return any(max(known, default=0.0) < bound for known, bound in leads(record, "settled_index"))
 
 
 def was_suspected_for_little(record: Mapping[str, Any]) -> bool:
-    """Say whether a trigger was acted on that stands out by less than makes a class suspicious today."""
-    return stood_out_by_less(record, "outlier_index")
+    """Say whether some trigger was acted on that stands out by less than makes a class suspicious today."""
+    return any(not all(index >= bound for index in known) for known, bound in leads(record, "outlier_index"))
 
 
-def stood_out_by_less(record: Mapping[str, Any], option: str) -> bool:
-    """Say whether a trigger was acted on that stood out by less than an option asks for, which it did not."""
-    if option in record["cell"]["settings"]:
-        return False
-    ways = {"inversion": "l1_pixels", "perturbation": "l2"}
-    bound = getattr(MNP(), option)
-    return any(0 <= standing_out(record, way, norm) < bound for way, norm in ways.items())
+def leads(record: Mapping[str, Any], option: str) -> Iterator[tuple[list[float], float]]:
+    """Yield the indices of what each way acted on, 0 where there is none, and what an option asks for today.
 
-
-def standing_out(record: Mapping[str, Any], way: str, norm: str) -> float:
-    """Return by how much the smallest trigger that was acted on stood out; -1 if none was."""
-    series, name = record.get("series", {}), f"{way}.acted_on"
-    noted = str(record.get("notes", {}).get(name, "none")).replace("none", "")
-    acted = series.get(name, [part for part in noted.split(", ") if part])
-    if not acted:
-        return -1.0
-    norms, reached = (series[f"{way}.triggers.{each}"] for each in (norm, "reached"))
-    logs = [math.log(value) if ok else math.nan for value, ok in zip(norms, reached, strict=True)]
-    indices = anomaly_indices(logs)
-    known = [indices[int(k)] for k in acted if not math.isnan(indices[int(k)])]
-    return max(0.0, *known) if known else 0.0
+    Nothing if the record's question had that option, or it asks for nothing with these settings.
+    """
+    cell = record["cell"]
+    bound = getattr(MNP.paper() if cell["paper"] else MNP(), option)
+    if option in cell["settings"] or not bound:
+        return
+    for way in SIZES:
+        if found := stood_out(record, way):
+            yield [0.0 if math.isnan(index) else index for _, index in found.values()], bound
 
 
 ACTED = {

@@ -10,17 +10,12 @@ for), and whether it is the attacker's. Warps are judged by their share alone an
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from unbackdoor.bench.recording import SIZES, stood_out
 from unbackdoor.bench.store import Store
-from unbackdoor.inversion import anomaly_indices
-
-NORMS = {"inversion": "l1_pixels", "perturbation": "l2"}
-"""By way of exposing, what its triggers' size is recorded as."""
 
 
 def main() -> None:
@@ -44,28 +39,10 @@ def rows(record: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     if record["status"] != "ok" or cell.get("method") != "mnp" or cell["options"] or cell["paper"]:
         return
     target = ((record.get("trained") or {}).get("label_rule") or {}).get("target_class")
-    for way, size in NORMS.items():
-        series = {name.removeprefix(f"{way}."): values for name, values in record.get("series", {}).items()}
-        noted = str(record.get("notes", {}).get(f"{way}.acted_on", "none"))
-        acted = series.get("acted_on", [part for part in noted.split(", ") if part != "none"])
-        if not acted:
-            continue
-        norms, reached = series[f"triggers.{size}"], series["triggers.reached"]
-        known = [norm if ok else math.nan for norm, ok in zip(norms, reached, strict=True)]
-        middle = median(norm for norm in known if not math.isnan(norm))
-        indices = anomaly_indices([math.log(norm) for norm in known])
-        for k in map(int, acted):
-            share, index = known[k] / middle, indices[k]
-            yield (
-                way,
-                cell["data"],
-                cell["model"],
-                cell["seed"],
-                k,
-                share,
-                index,
-                "yes" if k == target else "no",
-            )
+    for way in SIZES:
+        for k, (share, index) in stood_out(record, way).items():
+            who = "yes" if k == target else "no"
+            yield way, cell["data"], cell["model"], cell["seed"], k, share, index, who
 
 
 if __name__ == "__main__":

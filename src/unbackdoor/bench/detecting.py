@@ -71,7 +71,7 @@ def detect(
     if judges_models(detector):
         kind = "model"
         found = _described(detector.score(model, clean, generator=generator, progress=progress))
-    elif hasattr(detector, "judge"):
+    elif judges_training_sets(detector):
         kind = "training set"
         shown = training_set(train, infected, samples, rng.spawn_for(generator, "training set"))
         detection = detector.judge(
@@ -88,6 +88,11 @@ def detect(
 def judges_models(detector: Any) -> bool:  # noqa: ANN401 - one of many dataclasses
     """Say whether a detector, ours or the user's own, is given a model and clean images alone."""
     return "samples" not in inspect.signature(detector.score).parameters
+
+
+def judges_training_sets(detector: Any) -> bool:  # noqa: ANN401 - one of many dataclasses
+    """Say whether a detector is made for training sets, and speaks on the model by them."""
+    return hasattr(detector, "judge")
 
 
 def training_set(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import unbackdoor
+from unbackdoor.inversion import anomaly_indices
 from unbackdoor.types import Progress
 
 NAMES = ("filter", "step")
@@ -163,3 +164,30 @@ def git_state(package: Path = Path(unbackdoor.__file__).parent) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+" if changed else "")
+
+
+SIZES = {"inversion": "l1_pixels", "perturbation": "l2"}
+"""By way of exposing filters, what the size of its triggers is recorded as; warps go by their share alone."""
+
+
+def stood_out(record: Mapping[str, Any], way: str) -> dict[int, tuple[float, float]]:
+    """Return how far the triggers lay below the others that an answer of MNP acted on.
+
+    Args:
+        record: The answer.
+        way: A key of ``SIZES``.
+
+    Returns:
+        By class: the norm as a share of the median, and its anomaly index by the norms' logarithms, which is
+        NaN where too few triggers worked.
+    """
+    series = record.get("series", {})
+    noted = str(record.get("notes", {}).get(f"{way}.acted_on", "none"))
+    acted = series.get(f"{way}.acted_on", [part for part in noted.split(", ") if part not in ("", "none")])
+    if not acted:
+        return {}
+    norms, reached = (series[f"{way}.triggers.{each}"] for each in (SIZES[way], "reached"))
+    known = [max(norm, 1e-6) if ok else math.nan for norm, ok in zip(norms, reached, strict=True)]
+    middle = float(torch.tensor(known, dtype=torch.float64).nanquantile(0.5))
+    indices = anomaly_indices([math.log(norm) for norm in known])
+    return {int(k): (known[int(k)] / middle, indices[int(k)]) for k in acted}

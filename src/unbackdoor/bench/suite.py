@@ -372,10 +372,10 @@ class Plan:
             for options in variants(grid, method):
                 asked = asked_of(method, paper=grid.paper, options=options, task=grid.task)
                 for model in filter(there.__contains__, self._models(grid)):
+                    fixed = {**model_fields(there[model]), **asked}
                     for clean_images in grid.clean_images:
                         yield Cell(
-                            **model_fields(there[model]),
-                            **asked,
+                            **fixed,
                             data=self.suite.data,
                             clean_images=clean_images,
                             seed=seed,

@@ -24,14 +24,19 @@ class Patient(Console):
         silence(self.file)
 
 
-notes = Patient(stderr=True, highlight=False, soft_wrap=True)
-results = Patient(highlight=False, soft_wrap=True)
+notes = Patient(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+results = Patient(highlight=False, soft_wrap=True, emoji=False)
 
 UNBOUNDED = 100_000
 """Characters a line where there is no terminal, whose width would cut nothing off."""
 
 QUIET_SECONDS = 30.0
 """Where there is no terminal, progress is said no more often than this; short work says nothing."""
+
+
+def printable(text: str) -> str:
+    """Return text of strangers without what would steer a terminal, such as escape codes and line breaks."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def note(text: str) -> None:
@@ -92,7 +97,7 @@ def print_table(table: Table, *, whole: bool = False) -> None:
     for column in table.columns[:1]:
         column.no_wrap, column.overflow = True, "fold"
     width = results.width if results.is_terminal else UNBOUNDED
-    Patient(highlight=False, width=max(width, 240) if whole else width).print(table)
+    Patient(highlight=False, width=max(width, 240) if whole else width, emoji=False).print(table)
 
 
 def fits(table: Table) -> bool:

@@ -156,6 +156,20 @@ def like(images: Tensor, clean: LabelledImages, source: str) -> Tensor:
     return images
 
 
+def check_classes(data: LabelledImages, clean: LabelledImages, source: str) -> None:
+    """Check that both name the same classes, where both name any: else labels mean different things.
+
+    Raises:
+        InvalidInputError: If they do not.
+    """
+    if data.class_names and clean.class_names and data.class_names != clean.class_names:
+        odd = sorted(set(data.class_names) ^ set(clean.class_names)) or list(data.class_names)
+        raise InvalidInputError(
+            f"the classes of {source} are not those of the clean images: {odd[0]!r} is one of "
+            f"{len(odd)} that differ; give --class-names, in the order of the model's outputs."
+        )
+
+
 def describe_data(data: LabelledImages, options: DataOptions, *, smallest: int) -> DataInfo:
     """Return what a report says about the images."""
     return DataInfo(

@@ -30,7 +30,9 @@ def screen(
     width: o.Width = None,
     split: o.Split = "train",
     clean_count: o.CleanCount = 500,
-    inputs_split: str | None = typer.Option(None, help="Split of the inputs, where they come in splits."),
+    inputs_split: str | None = typer.Option(
+        None, help="Split of the inputs, where they come in splits; all, and `train` for training sets."
+    ),
     image_size: o.ImageSize = None,
     class_names: o.ClassNames = None,
     mean: o.Mean = None,
@@ -46,15 +48,14 @@ def screen(
     Exit code: 0 no more than chance explains, 1 triggered inputs or a poisoned training set, 3 inconclusive,
     2 error. Each input that is listed is so suspicious whatever the exit code.
     """
+    from unbackdoor.bench.detecting import judges_training_sets
     from unbackdoor.cli import console, screening, show
     from unbackdoor.cli import inputs as read
-    from unbackdoor.data import load_samples
+    from unbackdoor.data import check_against_model, load_samples
     from unbackdoor.detect.plausibility import check_plausible
     from unbackdoor.errors import UnsupportedModelError
-    from unbackdoor.types import LabelledImages
 
     chosen = screening.detector_named(detector, settings or [])
-    of_training_sets = screening.judges_training_sets(chosen)
     loaded = read.open_model(read.ModelOptions(model, arch, num_classes, width, mean, std, normalize, device))
     show.announce(loaded)
     source = read.DataOptions(clean, split, clean_count, image_size, class_names)
@@ -62,15 +63,18 @@ def screen(
     plausible = check_plausible(loaded.model, data.learning)
     if plausible.problem:
         raise UnsupportedModelError(f"nothing was screened: {plausible.problem}.")
+    warnings = [*data.warnings, *plausible.warnings]
+    of_training_sets = judges_training_sets(chosen)
     if of_training_sets:
-        given = read.read_data(read.DataOptions(inputs, inputs_split, 0, image_size, class_names))
-        names: tuple[str, ...] = tuple(f"row {row}" for row in range(len(given)))
-        what = screening.Inputs(inputs, given.images, given.labels, names)
+        given = read.read_data(read.DataOptions(inputs, inputs_split or "train", 0, image_size, class_names))
+        read.check_classes(given, data.learning, inputs)
+        warnings += check_against_model(given, loaded.num_classes)
+        images, labels, names = given.images, given.labels, tuple(f"row {row}" for row in range(len(given)))
     else:
-        samples, names = load_samples(inputs, split=inputs_split, image_size=image_size)
-        images = samples.images if isinstance(samples, LabelledImages) else samples
-        what = screening.Inputs(inputs, read.like(images, data.learning, inputs), None, names)
-    warnings = (*data.warnings, *plausible.warnings)
+        screening.check_resolution(data.learning, chosen, false_alarms)
+        images, names = load_samples(inputs, split=inputs_split, image_size=image_size)
+        labels = None
+    what = screening.Inputs(inputs, read.like(images, data.learning, inputs), labels, names)
     for warning in warnings:
         console.warn(warning)
     about = {"model": read.describe_model(loaded), "data": data.info, "warnings": warnings}

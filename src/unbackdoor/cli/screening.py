@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 import unbackdoor
 from unbackdoor import catalogue, rng
+from unbackdoor.bench.detecting import judges_models
 from unbackdoor.catalogue import dashed
 from unbackdoor.compute import NO_CLASS, predictions_of
 from unbackdoor.detect.registry import SAMPLE_DETECTORS
-from unbackdoor.detect.screening import Screening, more_than_chance, p_values, together
+from unbackdoor.detect.screening import Screening, at_most, more_than_chance, p_values, together
 from unbackdoor.errors import InvalidInputError
 from unbackdoor.report import documents as doc
 from unbackdoor.settings import configure
 from unbackdoor.types import LabelledImages, Progress
 
-BEYOND_CHANCE, PERHAPS = 0.01 + 1e-9, 0.1
+BEYOND_CHANCE, PERHAPS = 0.01 + 1e-9, 0.1 + 1e-9
 """How likely at least so many false alarms may be, if nothing is triggered, for it to be said that something
 is; and up to where nothing is said."""
 
@@ -53,7 +54,7 @@ class Flagged(doc.Part):
         name: Its file, or its row.
         p_value: Largest share of clean images that look so suspicious; None for training sets.
         score: Of the detector, for training sets; None elsewhere.
-        found_by: The detectors whose p-value is the smallest.
+        found_by: The detectors that would list it by themselves; empty for training sets.
         answer: What the model says.
         answer_name: The name of that class.
     """
@@ -75,7 +76,8 @@ class ScreenDocument(doc.Part):
         detectors: What they were screened with.
         left_out: Detectors that cannot read this model.
         false_alarms: Largest share of clean inputs that is flagged; None for training sets.
-        chance: How likely at least so many flagged inputs are if none is triggered; None for training sets.
+        chance: How likely at least so many flagged inputs are if none is triggered (``more_than_chance``);
+            None for training sets.
         verdict: ``triggered``: far more are flagged than false alarms explain, or the training set is
             poisoned; ``inconclusive``: more than are expected, but not far more, or the detector abstains.
         reason: One sentence.
@@ -125,14 +127,32 @@ class Inputs:
 
 
 def detector_named(name: str, settings: Sequence[str]) -> Any:  # noqa: ANN401 - one of many dataclasses
-    """Return a configured detector of inputs or of training sets, by name or out of the user's own code."""
+    """Return a configured detector of inputs or of training sets.
+
+    Args:
+        name: One of ``SAMPLE_DETECTORS``, or a class of the user's own, as ``path/to/file.py:Class``.
+        settings: Its options, as ``--set`` takes them.
+
+    Raises:
+        InvalidInputError: If there is no such detector or option, or the user's class judges models.
+        UnsupportedModelError: If the user's code cannot be imported.
+    """
     kind = "detector of inputs"
-    return configure(catalogue.configured(kind, SAMPLE_DETECTORS, name, paper=False, own="score"), settings)
+    detector = configure(
+        catalogue.configured(kind, SAMPLE_DETECTORS, name, paper=False, own="score"), settings
+    )
+    if judges_models(detector):
+        raise InvalidInputError(f"{name} judges models, not inputs; give it to scan --detector.")
+    return detector
 
 
-def judges_training_sets(detector: Any) -> bool:  # noqa: ANN401 - one of many dataclasses
-    """Say whether a detector is made for training sets, and speaks on the model."""
-    return hasattr(detector, "judge")
+def check_resolution(clean: LabelledImages, detector: Any, false_alarms: float) -> None:  # noqa: ANN401
+    """Fail before the work if even one detector alone could flag nothing with so few clean images.
+
+    Raises:
+        InvalidInputError: If so.
+    """
+    _check_resolution(_kept(detector, clean), 1, false_alarms)
 
 
 def screen_inputs(
@@ -151,38 +171,46 @@ def screen_inputs(
     Args:
         model: The network in use; left untouched.
         inputs: What it is given; labels are not used.
-        clean: Clean images with labels, of which half are kept for comparison (``Screening.kept``).
+        clean: Clean images with labels, of which a share is kept for comparison (``Screening.kept``).
         detector: Of inputs.
-        false_alarms: Largest share of clean inputs that is flagged.
+        false_alarms: Largest share of clean inputs that is flagged, in (0, 0.5].
         seed: Of all random choices.
         about: Fields of the document on model and data.
         progress: Called during the work.
 
+    Returns:
+        What was found, the most suspicious inputs first.
+
     Raises:
-        InvalidInputError: If there are too few clean images for this rate of false alarms.
+        InvalidInputError: If there are too few clean images for this rate of false alarms, or the model gives
+            no numbers for some inputs.
+        UnsupportedModelError: If no detector can read the model.
     """
     start = time.perf_counter()
-    many = isinstance(detector, Screening)
-    used = detector.asked if many else (detector,)
-    kept = detector.kept if many else Screening().kept
-    _check_resolution(round(kept * len(clean)), len(used), false_alarms)
+    answers = _answers(model, inputs)
+    used = detector.asked if isinstance(detector, Screening) else (detector,)
     found = p_values(
-        used, model, inputs.images, clean, kept=kept, generator=rng.generator(seed), progress=progress
-    )
+        used, model, inputs.images, clean,
+        kept=_share(detector), generator=rng.generator(seed), progress=progress,
+    )  # fmt: skip
+    kept = _kept(detector, clean)
+    _check_resolution(kept, len(found), false_alarms)
     p = together(found)
-    chosen = torch.nonzero(p <= false_alarms).flatten()
+    chosen = torch.nonzero(at_most(p, false_alarms)).flatten()
     chosen = chosen[p[chosen].argsort(stable=True)]
-    answers = predictions_of(model, inputs.images)
     flagged = [
         Flagged(
             name=inputs.names[row],
             p_value=float(p[row]),
-            found_by=[dashed(name) for name, own in found.items() if own[row] * len(found) <= false_alarms],
-            **_answer(int(answers[row]), clean),
+            found_by=[
+                dashed(name) for name, own in found.items() if at_most(own[row] * len(found), false_alarms)
+            ],
+            answer=answers[row],
+            answer_name=clean.name_of(answers[row]),
         )
         for row in chosen.tolist()
     ]
-    chance = more_than_chance(len(flagged), len(p), false_alarms)
+    chance = more_than_chance(found, kept, false_alarms)
     target = _most_common(flagged)
     return ScreenDocument(
         seconds=time.perf_counter() - start,
@@ -222,8 +250,16 @@ def screen_training_set(
         seed: Of all random choices.
         about: Fields of the document on model and data.
         progress: Called during the work.
+
+    Returns:
+        What was found, the most suspicious images first.
+
+    Raises:
+        InvalidInputError: If a label has no output of the model, or it gives no numbers for some images.
+        UnsupportedModelError: If the detector cannot read the model.
     """
     start = time.perf_counter()
+    answers = _answers(model, inputs)
     said, scores = (
         ask(
             model, inputs.images, clean,
@@ -236,16 +272,21 @@ def screen_training_set(
     decides = poisoned and not getattr(detector, "ranks_only", False)
     chosen = torch.nonzero(scores > 0).flatten() if decides else torch.zeros(0, dtype=torch.int64)
     chosen = chosen[scores[chosen].argsort(descending=True, stable=True)]
-    answers = predictions_of(model, inputs.images)
     flagged = [
-        Flagged(name=inputs.names[row], score=float(scores[row]), **_answer(int(answers[row]), clean))
+        Flagged(
+            name=inputs.names[row],
+            score=float(scores[row]),
+            answer=answers[row],
+            answer_name=clean.name_of(answers[row]),
+        )
         for row in chosen.tolist()
     ]
     verdict: Verdict = "inconclusive" if said.undetermined else "triggered" if poisoned else "nothing found"
     target = said.target_class if poisoned else None
+    where = "at or above" if poisoned else "below"
     reason = said.undetermined or (
-        f"the most suspicious class has a score of {said.score:.3g}, where {said.threshold:.3g} is "
-        f"{'reached' if poisoned else 'needed'}"
+        f"the most suspicious class has a score of {said.score:.3g}, {where} the threshold of "
+        f"{said.threshold:.3g}"
     )
     return ScreenDocument(
         seconds=time.perf_counter() - start,
@@ -262,21 +303,39 @@ def screen_training_set(
     )
 
 
+def _share(detector: Any) -> float:  # noqa: ANN401 - one of many dataclasses
+    """Return the share of the clean images that a detector does not see."""
+    return detector.kept if isinstance(detector, Screening) else Screening().kept
+
+
+def _kept(detector: Any, clean: LabelledImages) -> int:  # noqa: ANN401 - one of many dataclasses
+    return round(_share(detector) * len(clean))
+
+
 def _check_resolution(kept: int, detectors: int, false_alarms: float) -> None:
     """Refuse a rate that no input could be flagged at: p-values are never below one over the images."""
     smallest = detectors / (kept + 1)
-    if smallest > false_alarms:
+    if smallest > false_alarms * (1 + 1e-9):
         raise InvalidInputError(
             f"{kept} clean images kept for comparison with {detectors} detector(s) cannot flag anything at a "
-            f"false-alarm rate of {false_alarms:g}; give more clean images, or --false-alarms "
+            f"false-alarm rate of {false_alarms:g}; give more images with --clean-count, or --false-alarms "
             f"{math.ceil(1000 * smallest) / 1000:g} or more."
         )
 
 
-def _answer(answer: int, clean: LabelledImages) -> dict[str, Any]:
-    if answer == NO_CLASS:
-        raise InvalidInputError("the model's answers are no numbers for some inputs; its weights are broken.")
-    return {"answer": answer, "answer_name": clean.name_of(answer)}
+def _answers(model: nn.Module, inputs: Inputs) -> list[int]:
+    """Return the model's answer to each input.
+
+    Raises:
+        InvalidInputError: If some are none.
+    """
+    answers: list[int] = predictions_of(model, inputs.images).tolist()
+    if without := [name for name, answer in zip(inputs.names, answers, strict=True) if answer == NO_CLASS]:
+        raise InvalidInputError(
+            f"the model gives no numbers for {len(without)} of {len(answers)} inputs, {without[0]!r} first; "
+            "leave them out, or check the model's weights."
+        )
+    return answers
 
 
 def _most_common(flagged: Sequence[Flagged]) -> int | None:
@@ -292,9 +351,8 @@ def _verdict(chance: float) -> Verdict:
 
 def _reason(flagged: int, count: int, false_alarms: float, chance: float) -> str:
     if not flagged:
-        return f"none of {count} inputs looks triggered at a false-alarm rate of {false_alarms:g}"
-    expected = false_alarms * count
-    allowed = f"at most about {expected:.3g} false alarms are expected"
+        return f"none of {count:,} input(s) looks triggered at a false-alarm rate of {false_alarms:g}"
+    allowed = f"at most about {round(false_alarms * count, 2):,g} false alarms are expected"
     if chance <= PERHAPS:
-        return f"{flagged} of {count} inputs look triggered; {allowed} (so many: chance {chance:.2g})"
-    return f"{flagged} of {count} inputs look triggered, no more than chance explains: {allowed}"
+        return f"{flagged:,} of {count:,} inputs look triggered; {allowed} (so many: chance {chance:.2g})"
+    return f"{flagged:,} of {count:,} inputs look triggered, no more than chance explains: {allowed}"

@@ -108,16 +108,18 @@ MOST_SHOWN = 20
 
 def screened(document: ScreenDocument) -> None:
     """Print what a screening found: the verdict first, then the most suspicious inputs."""
-    heads = {"triggered": "TRIGGERED", "nothing found": "NOTHING FOUND", "inconclusive": "INCONCLUSIVE"}
     styles = {"triggered": "bold red", "nothing found": "bold green", "inconclusive": "bold yellow"}
     style = styles[document.verdict]
-    console.results.print(f"[{style}]{heads[document.verdict]}[/]: {escape(document.reason)}.")
+    console.results.print(f"[{style}]{document.verdict.upper()}[/]: {escape(document.reason)}.")
     if document.target_class is not None and document.verdict != "nothing found":
         words = doc.class_words(document.target_class, document.target_name)
         count = sum(each.answer == document.target_class for each in document.flagged)
-        console.results.print(
-            f"The model answers {count} of these {len(document.flagged)} with {words}.", markup=False
+        said = (
+            f"The poisoned class is {words}."
+            if document.false_alarms is None
+            else f"The model answers {count} of these {len(document.flagged)} with {words}."
         )
+        console.results.print(console.printable(said), markup=False)
     if document.flagged:
         table = Table(box=None, pad_edge=False)
         p = document.false_alarms is not None
@@ -126,9 +128,9 @@ def screened(document: ScreenDocument) -> None:
         for each in document.flagged[:MOST_SHOWN]:
             number = each.p_value if p else each.score
             table.add_row(
-                escape(each.name),
+                escape(console.printable(each.name)),
                 "-" if number is None else f"{number:.2g}",
-                escape(doc.class_words(each.answer, each.answer_name)),
+                escape(console.printable(doc.class_words(each.answer, each.answer_name))),
                 *([", ".join(each.found_by)] if p else []),
             )
         console.print_table(table)

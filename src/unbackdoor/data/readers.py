@@ -64,11 +64,7 @@ def load_images(
     """
     if limit is not None and limit < 1:
         raise InvalidInputError(f"limit must be at least 1, got {limit}; leave it out to read all images.")
-    if image_size is not None and not 1 <= image_size <= int(MAX_PIXELS**0.5):
-        raise InvalidInputError(
-            f"image_size must be from 1 to {int(MAX_PIXELS**0.5)} pixels, got {image_size}; "
-            "choose the model's."
-        )
+    _check_size(image_size)
     if path == DIGITS or (path == Path(DIGITS) and not Path(path).exists()):
         data = read_digits(split=split, image_size=image_size, limit=limit)
     else:
@@ -78,29 +74,48 @@ def load_images(
 
 def load_samples(
     path: Path | str, *, split: str | None = None, image_size: int | None = None
-) -> tuple[LabelledImages | Tensor, tuple[str, ...]]:
-    """Read images that may have no labels, and what to call each.
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Read images whose labels are not needed, and what to call each.
 
     Args:
         path: An image file; a folder, of which all image files in it and its sub-folders are read; or
-            whatever else ``load_images`` reads, with labels.
-        split: As for ``load_images``; not used for image files.
-        image_size: As for ``load_images``.
+            whatever else ``load_images`` reads.
+        split: Which split to read, where the data come in splits; of a folder of images its sub-folder.
+            None reads all.
+        image_size: Resize to this many pixels a side; needed where sizes differ.
 
     Returns:
-        Labelled images, or uint8 ``(N, C, H, W)`` of image files; and a name each: the path of its file, or
-        its row.
+        Images ``(N, C, H, W)``, uint8 (or float32 from an ``.npz`` file of floats); and a name each: the
+        path of its file below the folder, or its row, from 0.
 
     Raises:
-        InvalidInputError: If nothing can be read.
+        InvalidInputError: If the path holds nothing readable, or the split is absent.
+        UnsafeFileError: If a file is unsafe to read.
+        MissingDependencyError: If the format needs an absent optional package.
     """
     place = Path(path)
-    if (place.is_file() and is_image(place.name)) or (
-        place.is_dir() and not has_batches(place) and not find_parquet(place)
-    ):
-        return read_loose(place, image_size=image_size)
+    loose = place.is_dir() and not has_batches(place) and not find_parquet(place)
+    if loose or (place.is_file() and is_image(place.name)):
+        _check_size(image_size)
+        return read_loose(_part_of(place, split), image_size=image_size)
     data = load_images(path, split=split, image_size=image_size)
-    return data, tuple(f"row {row}" for row in range(len(data)))
+    return data.images, tuple(f"row {row}" for row in range(len(data)))
+
+
+def _part_of(place: Path, split: str | None) -> Path:
+    if split is None or (place / split).is_dir():
+        return place if split is None else place / split
+    raise InvalidInputError(
+        f"{place} has no sub-folder {split!r}; name the folder of the images, without a split."
+    )
+
+
+def _check_size(image_size: int | None) -> None:
+    if image_size is not None and not 1 <= image_size <= int(MAX_PIXELS**0.5):
+        raise InvalidInputError(
+            f"image_size must be from 1 to {int(MAX_PIXELS**0.5)} pixels, got {image_size}; "
+            "choose the model's."
+        )
 
 
 def _read(path: Path, split: str | None, image_size: int | None, limit: int | None) -> LabelledImages:

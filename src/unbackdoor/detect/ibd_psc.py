@@ -52,12 +52,11 @@ class IBDPSC:
     title: ClassVar[str] = "IBD-PSC: parameter-oriented scaling consistency"
     source: ClassVar[str] = "Hou et al. 2024, arXiv 2405.09786"
     needs: ClassVar[str] = "clean images with labels; the samples in question without; norms with a scale"
+    version: ClassVar[int] = 2
 
     omega: float = 1.5
     n: int = 5
     xi: float = 0.6
-
-    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if not 1 < self.omega < math.inf or self.n < 1 or not 0 <= self.xi < 1:

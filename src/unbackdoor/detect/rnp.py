@@ -204,12 +204,11 @@ class UnlearntSample:
     title: ClassVar[str] = "Samples that the unlearnt model still answers"
     source: ClassVar[str] = "RNP, arXiv 2305.14876 (reconstruction)"
     needs: ClassVar[str] = "clean images with labels; the samples in question without"
+    version: ClassVar[int] = 2
 
     unlearning: Suppression = field(
         default_factory=lambda: replace(Suppression.rnp(stop_accuracy=0.4), checks_per_epoch=4)
     )
-
-    version: ClassVar[int] = 2
 
     def score(
         self,

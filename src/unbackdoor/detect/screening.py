@@ -127,12 +127,15 @@ def p_values(
         p-values, float64 ``(N,)`` in (0, 1], at least ``1 / (1 + kept images)``.
 
     Raises:
-        InvalidInputError: If there are no samples, too few clean images, or labels do not fit.
+        InvalidInputError: If there are no samples, too few clean images, labels do not fit, or a detector
+            does not give one number a sample.
         UnsupportedModelError: If no detector can read the model; what the last one said.
     """
     check_samples(model, samples, clean, labels, at_least=4)
     shown, unseen = split(clean, kept, rng.spawn(generator))
-    both = torch.cat([as_float(part) for part in (samples, unseen.images.to(samples.device))])
+    parts = samples, unseen.images.to(samples.device)
+    # Detectors take both types; images that have one already are not held twice.
+    both = torch.cat(parts if parts[0].dtype == parts[1].dtype else [as_float(part) for part in parts])
     found: dict[str, Tensor] = {}
     refusal = UnsupportedModelError("no detector was named.")
     for detector in detectors:
@@ -142,16 +145,35 @@ def p_values(
         except UnsupportedModelError as error:
             refusal = error
             continue
-        theirs, usual = scores.double().tensor_split([len(samples)])
-        found[detector.name] = conformal(theirs, usual)
+        checked = _checked(scores, len(both), detector.name)
+        found[detector.name] = conformal(checked[: len(samples)], checked[len(samples) :])
     if not found:
         raise refusal
     return found
 
 
+def _checked(scores: Tensor, count: int, name: str) -> Tensor:
+    """Return a detector's scores as float64 on the CPU; it may be code of the user's own.
+
+    Raises:
+        InvalidInputError: If there is not one a sample, or some are no numbers.
+    """
+    if tuple(scores.shape) != (count,) or bool(scores.isnan().any()):
+        raise InvalidInputError(
+            f"detector {name!r} must give one score a sample, got shape {tuple(scores.shape)} for {count} "
+            f"samples with {int(scores.isnan().sum())} that are no numbers; mend it or choose another."
+        )
+    return scores.cpu().double()
+
+
 def together(found: Mapping[str, Tensor]) -> Tensor:
     """Return the p-values of several detectors as one: the smallest times their number, at most 1."""
     return (torch.stack(list(found.values())).amin(0) * len(found)).clamp(max=1.0)
+
+
+def at_most(p: Tensor, rate: float) -> Tensor:
+    """Say which p-values are at most a rate, up to rounding."""
+    return p <= rate * (1 + 1e-9)
 
 
 def conformal(scores: Tensor, clean: Tensor) -> Tensor:
@@ -168,19 +190,49 @@ def conformal(scores: Tensor, clean: Tensor) -> Tensor:
     return (1 + len(clean) - below).double() / (1 + len(clean))
 
 
-def more_than_chance(flagged: int, of: int, rate: float) -> float:
-    """Return how likely at least so many false alarms are if nothing is triggered.
+def more_than_chance(found: Mapping[str, Tensor], kept: int, rate: float) -> float:
+    """Return how likely at least so many false alarms are if no sample is triggered.
 
-    The binomial tail ``P(X >= flagged)`` with ``of`` trials of chance ``rate``, as if each input had been
-    compared with clean images of its own.
+    All samples are compared with the same kept images: if these happen to look harmless, many samples at once
+    do not. Of N samples like M kept images the number with a p-value of at most ``k / (M + 1)`` with one
+    detector is beta-binomial, with parameters k and M + 1 - k; ties make it smaller. The detector with the
+    smallest tail counts, times their number (Bonferroni).
 
     Args:
-        flagged: Inputs that were flagged.
-        of: All inputs.
-        rate: Largest share of clean inputs that is flagged, in (0, 1).
+        found: Each detector's p-values ``(N,)``, from ``p_values``.
+        kept: Clean images that they were compared with, M.
+        rate: Largest share of clean samples that is flagged by all together, in (0, 1).
+
+    Returns:
+        In (0, 1].
     """
-    counts = torch.arange(flagged, of + 1, dtype=torch.float64)
-    total = torch.tensor(float(of), dtype=torch.float64)
-    choose = torch.lgamma(total + 1) - torch.lgamma(counts + 1) - torch.lgamma(total - counts + 1)
-    logs = choose + counts * math.log(rate) + (total - counts) * math.log1p(-rate)
-    return min(1.0, float(logs.logsumexp(0).exp()))
+    share = rate / len(found)
+    k = min(kept, math.floor(share * (kept + 1) * (1 + 1e-9)))
+    tails = [
+        _beta_binomial_tail(int(at_most(p, share).sum()), len(p), k, kept + 1 - k) for p in found.values()
+    ]
+    return min(1.0, len(found) * min(tails))
+
+
+def _beta_binomial_tail(least: int, n: int, a: int, b: int) -> float:
+    """Return ``P(X >= least)`` of n trials whose chance is drawn from Beta(a, b)."""
+    if least == 0:
+        return 1.0
+    if a == 0:
+        return 0.0
+    counts = torch.arange(least, n + 1, dtype=torch.float64)
+    terms = (
+        _log_choose(n, counts)
+        + _log_beta(counts + a, n - counts + b)
+        - _log_beta(torch.tensor(float(a), dtype=torch.float64), torch.tensor(float(b), dtype=torch.float64))
+    )
+    return min(1.0, float(terms.logsumexp(0).exp()))
+
+
+def _log_choose(n: int, counts: Tensor) -> Tensor:
+    total = torch.tensor(float(n), dtype=torch.float64)
+    return torch.lgamma(total + 1) - torch.lgamma(counts + 1) - torch.lgamma(total - counts + 1)
+
+
+def _log_beta(a: Tensor, b: Tensor) -> Tensor:
+    return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)

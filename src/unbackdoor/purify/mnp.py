@@ -71,12 +71,12 @@ class MNP:
             eighth of the image.
         outlier_share: Classes whose trigger's norm is at most this share of the median are suspicious, in
             (0, 1].
-        warp_share: The same for warps, in (0, 1]. Mostly a share of an eighth of the image, see ``warp``.
-        outlier_index: They are only if, besides, that norm is smaller than the median by this many robust
-            standard deviations of the norms' logarithms, at least 0: the usual bound of an anomaly index.
-            Where classes differ much, as they do on larger images, a clean model has a patch of that share.
-            0 asks for nothing. Warps are not asked for it.
-        anomaly_threshold: They are only if that norm's anomaly index is larger than this as well; the usual 2
+        outlier_index: But only if that norm is smaller than the median by this many robust standard
+            deviations of the norms' logarithms as well, at least 0: 2 is the usual bound of an anomaly index.
+            Where classes differ much, as they do on larger images, a clean model has a patch of that share,
+            too. 0 asks for nothing. Warps are not asked for it.
+        warp_share: The share for warps, in (0, 1]. Mostly one of an eighth of the image, see ``warp``.
+        anomaly_threshold: Suspicious norms also need an anomaly index larger than this; the usual 2
             misses small patches where the norms of the other classes vary much.
         fewest_classes: With fewer valid norms no class is: their median says nothing.
         settled: If this share of the loss on stamped images is gone after removals and relearning, and no

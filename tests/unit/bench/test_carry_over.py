@@ -134,6 +134,20 @@ def test_what_stood_out_by_little_is_asked_for_again() -> None:
         assert SCRIPT["was_settled_by_little"](record)
 
 
+def test_each_class_must_stand_out_by_itself_to_be_acted_on_and_one_to_settle() -> None:
+    record = answer(0)
+    record["notes"]["inversion.acted_on"] = "0, 1"
+    record["series"] = {
+        "inversion.triggers.l1_pixels": [5.0, 66.0, 90.0, 100.0, 110.0, 120.0],
+        "inversion.triggers.reached": [1.0] * 6,
+    }
+    assert SCRIPT["was_suspected_for_little"](record)
+    assert not SCRIPT["was_settled_by_little"](record)
+    # The paper's settings ask for neither.
+    paper = record | {"cell": record["cell"] | {"paper": True}}
+    assert not SCRIPT["was_suspected_for_little"](paper)
+
+
 def test_answers_with_the_papers_settings_are_concerned_too() -> None:
     record, paper = answer(0), settings_of(MNP.paper())
     cell = record["cell"] | {"paper": True, "settings": paper | {"warp.learning_rate": "0.05"}}

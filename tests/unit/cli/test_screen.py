@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from PIL import Image
 
 from unbackdoor import rng
+from unbackdoor.detect import SpectralSignatures
 from unbackdoor.testing import planted_backdoor
-from unbackdoor.types import as_float, quantise
+from unbackdoor.types import Detection, as_float, quantise
 
 from .conftest import ARCH, Files, Run
 
@@ -56,7 +58,7 @@ def test_triggered_inputs_are_named(run: Run, files: Files, folder: Path) -> Non
 def test_clean_inputs_pass_and_words_say_so(run: Run, files: Files, folder: Path) -> None:
     clean = run(*asked(files, folder / "good", *STRIP))
     assert clean.code == 0, clean.out
-    assert clean.out.startswith("NOTHING FOUND: none of 30 inputs")
+    assert clean.out.startswith("NOTHING FOUND: none of 30 input")
     bad = run(*asked(files, folder / "bad", *STRIP))
     assert bad.code == 1
     assert bad.out.startswith("TRIGGERED: ")
@@ -89,6 +91,73 @@ def test_a_training_set_speaks_by_the_detectors_rule(run: Run, files: Files, tmp
     assert clean.out.startswith("NOTHING FOUND: ")
 
 
+def test_what_only_ranks_names_no_images(run: Run, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = Detection(9.0, 7.0, "made up", target_class=3)
+    monkeypatch.setattr(SpectralSignatures, "judge", lambda *_, **__: said)
+    found = run(*asked(files, files.clean, "--detector", "sc"))
+    assert found.code == 1
+    assert "The poisoned class is class 3" in found.out
+    assert "does not say which are poisoned" in found.out
+
+
+def test_a_training_set_with_other_classes_is_refused(run: Run, files: Files, tmp_path: Path) -> None:
+    (tmp_path / "set" / "colour0").mkdir(parents=True)
+    Image.fromarray(np.zeros((16, 16, 3), dtype=np.uint8)).save(tmp_path / "set" / "colour0" / "a.png")
+    found = run(
+        "screen", files.infected, "--arch", ARCH, "--clean", files.folder, "--inputs", tmp_path / "set",
+        "--detector", "sc-an",
+    )  # fmt: skip
+    assert found.code == 2
+    assert "are not those of the clean images" in found.err
+
+
+def test_names_of_files_steer_no_terminal(run: Run, files: Files, folder: Path, tmp_path: Path) -> None:
+    evil = "a\x1b[31mNOTHING\nFOUND :smile: [bold].png"
+    shutil.copy(folder / "bad" / "03.png", tmp_path / evil)
+    found = run(*asked(files, tmp_path, "--detector", "strip", *MEAN))
+    assert found.code == 1
+    assert "a\ufffd[31mNOTHING\ufffdFOUND :smile: [bold].png" in found.out
+    assert "\x1b" not in found.out
+
+
+OWN = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Mean:
+    name: ClassVar[str] = "mean_pixel"
+    title: ClassVar[str] = "Mean pixel"
+    source: ClassVar[str] = "mine"
+    needs: ClassVar[str] = "nothing"
+
+    def score(self, model, samples, clean, *, labels=None, generator, progress):
+        return samples.float().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class OfModels:
+    name: ClassVar[str] = "of_models"
+    title: ClassVar[str] = "Of models"
+    source: ClassVar[str] = "mine"
+    needs: ClassVar[str] = "nothing"
+
+    def score(self, model, clean, *, generator, progress):
+        return None
+"""
+
+
+def test_a_detector_of_the_users_own(run: Run, files: Files, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    found = run(*asked(files, folder, "--detector", f"{tmp_path / 'own.py'}:Mean", "--json"))
+    assert found.code in (0, 1, 3), found.err
+    assert found.json["detectors"] == ["mean-pixel"]
+    of_models = run(*asked(files, folder, "--detector", f"{tmp_path / 'own.py'}:OfModels"))
+    assert of_models.code == 2
+    assert "judges models, not inputs" in of_models.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -96,8 +165,9 @@ def test_a_training_set_speaks_by_the_detectors_rule(run: Run, files: Files, tmp
         (("--detector", "strap"), "did you mean 'strip'?"),
         (("--detector", "nc"), "unknown detector of inputs 'nc'"),
         (("--set", "strip.m=3"), "unknown option"),
-        (("--false-alarms", "0.001"), "give more clean images, or --false-alarms"),
-        (("--detector", "sc-an"), "holds no"),
+        (("--false-alarms", "0.001"), "give more images with --clean-count"),
+        (("--inputs-split", "nonsense"), "no sub-folder 'nonsense'"),
+        (("--detector", "sc-an"), "is a file of an unknown kind"),
     ],
 )
 def test_bad_requests_end_in_a_line(
@@ -106,7 +176,6 @@ def test_bad_requests_end_in_a_line(
     given = {"--inputs": str(folder), arguments[0]: arguments[1]}
     if arguments[1] == "sc-an":
         given["--inputs"] = str(folder / "good" / "01.png")
-        message = "is a file of an unknown kind"
     flags = [part for pair in given.items() for part in pair]
     found = run("screen", files.infected, "--arch", ARCH, "--clean", files.clean, *flags)
     assert found.code == 2

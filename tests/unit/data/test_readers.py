@@ -433,22 +433,30 @@ def test_samples_need_no_labels_and_have_names(tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("no image")
     (folder / "dog" / "._a.bmp").write_bytes(b"left by another system")
     images, names = load_samples(folder)
-    assert isinstance(images, torch.Tensor)
     assert names == ("cat/x.PNG", "dog/a.bmp", "dog/b.png", "loose.png", "owl/deeper/y.png")
     assert levels(images) == [30, 10, 20, 50, 40]
     one, name = load_samples(folder / "dog" / "b.png", image_size=2)
-    assert isinstance(one, torch.Tensor)
     assert (one.shape, name) == ((1, 3, 2, 2), ("b.png",))
-    with pytest.raises(InvalidInputError, match="holds no images"):
-        load_samples(put_nothing(tmp_path / "empty"))
+
+
+def test_a_split_of_samples_is_a_sub_folder(tmp_path: Path) -> None:
+    folder = split_folder(tmp_path)
+    images, names = load_samples(folder, split="test")
+    assert (levels(images), names) == ([5, 4], ("cat/5.png", "dog/4.png"))
+    with pytest.raises(InvalidInputError, match="no sub-folder 'nonsense'"):
+        load_samples(folder, split="nonsense")
 
 
 def test_samples_with_labels_are_named_by_their_row(tmp_path: Path) -> None:
-    data, names = load_samples(zipped(image_folder(tmp_path / "set"), tmp_path / "set.zip"))
-    assert isinstance(data, LabelledImages)
+    images, names = load_samples(zipped(image_folder(tmp_path / "set"), tmp_path / "set.zip"))
+    assert len(images) == 4
     assert names == ("row 0", "row 1", "row 2", "row 3")
 
 
-def put_nothing(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
+def test_what_is_no_sample_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidInputError, match="holds no images"):
+        load_samples(tmp_path / "empty")
+    put(tmp_path / "one.png")
+    with pytest.raises(InvalidInputError, match="image_size must be"):
+        load_samples(tmp_path / "one.png", image_size=-1)

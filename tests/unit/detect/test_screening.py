@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor import rng
-from unbackdoor.detect.screening import Part, Screening, conformal, more_than_chance, p_values, together
+from unbackdoor.detect.screening import (
+    Part,
+    Screening,
+    at_most,
+    conformal,
+    more_than_chance,
+    p_values,
+    together,
+)
 from unbackdoor.detect.strip import STRIP
 from unbackdoor.errors import InvalidInputError, UnsupportedModelError
 from unbackdoor.testing import planted_backdoor
@@ -59,10 +67,34 @@ def test_several_detectors_count_as_their_number() -> None:
     assert together(found).tolist() == pytest.approx([0.02, 1.0])
 
 
-@pytest.mark.parametrize(("flagged", "of", "rate"), [(0, 5, 0.1), (1, 1, 0.01), (2, 3, 0.2), (3, 3, 0.5)])
-def test_the_chance_of_false_alarms_is_a_binomial_tail(flagged: int, of: int, rate: float) -> None:
-    tail = sum(math.comb(of, k) * rate**k * (1 - rate) ** (of - k) for k in range(flagged, of + 1))
-    assert more_than_chance(flagged, of, rate) == pytest.approx(tail)
+def test_the_chance_of_false_alarms_is_a_beta_binomial_tail_by_hand() -> None:
+    # Of M = 3 kept images and a rate of a half, k = 2: with two samples P(X = x) is C(2, x) B(x + 2, 4 - x) /
+    # B(2, 2), that is 0.3, 0.4 and 0.3.
+    def chance(*p: float) -> float:
+        return more_than_chance({"one": torch.tensor(p, dtype=torch.float64)}, 3, 0.5)
+
+    assert chance(1.0, 0.75) == 1.0
+    assert chance(0.5, 0.75) == pytest.approx(0.7)
+    assert chance(0.25, 0.5) == pytest.approx(0.3)
+
+
+def test_of_several_detectors_the_best_counts_times_their_number() -> None:
+    few, many = torch.tensor([0.01, 0.9, 0.9]), torch.tensor([0.01, 0.01, 0.01])
+    alone = more_than_chance({"a": many.double()}, 99, 0.01)
+    both = more_than_chance({"a": many.double(), "b": few.double()}, 99, 0.02)
+    assert both == pytest.approx(2 * alone)
+    assert more_than_chance({"a": torch.tensor([0.01], dtype=torch.float64)}, 99, 0.01) == pytest.approx(0.01)
+
+
+def test_many_clean_samples_are_seldom_too_many() -> None:
+    # All are compared with the same kept images: in some draws many samples look suspicious at once.
+    called = 0
+    draws = 200
+    for seed in range(draws):
+        scores = torch.rand(2, 2000 + 200, generator=rng.generator(seed), dtype=torch.float64)
+        found = {str(k): conformal(row[:2000], row[2000:]) for k, row in enumerate(scores)}
+        called += more_than_chance(found, 200, 0.05) <= 0.05
+    assert called / draws <= 0.08
 
 
 def test_detectors_do_not_see_what_samples_are_compared_with() -> None:
@@ -88,6 +120,29 @@ def test_false_alarms_are_no_more_than_their_rate() -> None:
         found += p_values([Brightness()], model, images[100:], clean, generator=rng.generator(0)).values()
     for rate in (0.1, 0.2, 0.5):
         assert float((torch.cat(found) <= rate).double().mean()) == pytest.approx(rate, abs=0.03)
+
+
+def test_two_detectors_together_keep_the_rate() -> None:
+    flagged = []
+    for seed in range(30):
+        scores = torch.rand(2, 300 + 100, generator=rng.generator(seed), dtype=torch.float64)
+        p = together({str(k): conformal(row[:300], row[300:]) for k, row in enumerate(scores)})
+        flagged.append(float(at_most(p, 0.1).double().mean()))
+    assert sum(flagged) / len(flagged) <= 0.11
+
+
+@pytest.mark.parametrize(
+    "scores", [torch.zeros(3), torch.zeros(104, 1), torch.full((104,), math.nan)], ids=["few", "shape", "nan"]
+)
+def test_scores_that_are_none_are_refused(scores: Tensor) -> None:
+    class Wrong(Brightness):
+        name = "wrong"
+
+        def score(self, *_: object, **__: object) -> Tensor:
+            return scores
+
+    with pytest.raises(InvalidInputError, match="'wrong' must give one score a sample"):
+        p_values([Wrong()], PLANTED.model, TEST.images, CLEAN, kept=0.12, generator=rng.generator(0))
 
 
 def test_triggered_samples_of_the_planted_network_are_told_at_a_low_rate() -> None:
