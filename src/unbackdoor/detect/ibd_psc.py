@@ -29,8 +29,8 @@ class IBDPSC:
     probability of the class that the unchanged model answers with. The paper flags PSC of 0.9 and more.
 
     The score is ``-ln(1 - PSC)``, which orders samples as PSC does: 2.3 is the paper's 0.9. Scaled norms make
-    logits large, and the PSC of a tenth of the clean images, often those of the attacked class, rounds to 1
-    as that of triggered ones does, so that no threshold on PSC itself tells them apart (RESULTS.md).
+    logits large, and the PSC of some clean images rounds to 1 as that of triggered ones does, so that no
+    threshold on PSC itself tells them apart (RESULTS.md).
 
     "Last" is meant in the order in which the network runs. The authors' code takes the order in which modules
     were registered, which differs for shortcuts, and averages from k + 1 on; where no depth reaches xi it
