@@ -7,16 +7,15 @@
 asks another thing than before, only where suppression was used and both decide differently, and `collapsed`
 (ADR 16) only where the filters that suppression exposed stayed. An answer without any would be the same
 today: it is written again as an answer to today's question, and says where it comes from. So is one without
-warps, whose step is another today (ADR 17), where what settled the matter stood out by `settled_index`, and
-what was acted on by `outlier_index` (ADR 18). Where one could act, the answer is named and must be asked
-again. Keys that the output holds already are left alone.
+warps, whose step is another today (ADR 17), and where what settled the matter stood out by `settled_index`.
+Where one could act, the answer is named and must be asked again. Keys that the output holds already are left
+alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,26 +113,15 @@ def was_bent(record: Mapping[str, Any]) -> bool:
 
 def was_settled_by_little(record: Mapping[str, Any]) -> bool:
     """Say whether triggers were acted on of which none stood out by what settles a matter today."""
-    return any(max(known, default=0.0) < bound for known, bound in leads(record, "settled_index"))
-
-
-def was_suspected_for_little(record: Mapping[str, Any]) -> bool:
-    """Say whether some trigger was acted on that stands out by less than makes a class suspicious today."""
-    return any(not all(index >= bound for index in known) for known, bound in leads(record, "outlier_index"))
-
-
-def leads(record: Mapping[str, Any], option: str) -> Iterator[tuple[list[float], float]]:
-    """Yield the indices of what each way acted on, 0 where there is none, and what an option asks for today.
-
-    Nothing if the record's question had that option, or it asks for nothing with these settings.
-    """
     cell = record["cell"]
-    bound = getattr(MNP.paper() if cell["paper"] else MNP(), option)
-    if option in cell["settings"] or not bound:
-        return
+    bound = (MNP.paper() if cell["paper"] else MNP()).settled_index
+    if "settled_index" in cell["settings"] or not bound:
+        return False
     for way in SIZES:
-        if found := stood_out(record, way):
-            yield [0.0 if math.isnan(index) else index for _, index in found.values()], bound
+        indices = [index for _, index in stood_out(record, way).values()]
+        if indices and not any(index >= bound for index in indices):
+            return True
+    return False
 
 
 ACTED = {
@@ -142,7 +130,6 @@ ACTED = {
     "collapsed": was_kept,
     "warp.learning_rate": was_bent,
     "settled_index": was_settled_by_little,
-    "outlier_index": was_suspected_for_little,
 }
 """The options, and whether one could have acted."""
 

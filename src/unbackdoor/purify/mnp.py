@@ -72,9 +72,8 @@ class MNP:
         outlier_share: Classes whose trigger's norm is at most this share of the median are suspicious, in
             (0, 1].
         outlier_index: But only if that norm is smaller than the median by this many robust standard
-            deviations of the norms' logarithms as well, at least 0: 2 is the usual bound of an anomaly index.
-            Where classes differ much, as they do on larger images, a clean model has a patch of that share,
-            too. 0 asks for nothing. Warps are not asked for it.
+            deviations of the norms' logarithms as well, at least 0; 2 is the usual bound of an anomaly index.
+            0, the default, asks for nothing (ADR 18). Warps are not asked for it.
         warp_share: The share for warps, in (0, 1]. Mostly one of an eighth of the image, see ``warp``.
         anomaly_threshold: Suspicious norms also need an anomaly index larger than this; the usual 2
             misses small patches where the norms of the other classes vary much.
@@ -151,7 +150,7 @@ class MNP:
     perturbation: Inversion = field(default_factory=Inversion.additive)
     warp: Inversion = field(default_factory=Inversion.warp)
     outlier_share: float = 0.35
-    outlier_index: float = 2.0
+    outlier_index: float = 0.0
     warp_share: float = 0.5
     anomaly_threshold: float = 0.0
     fewest_classes: int = 5
@@ -262,7 +261,6 @@ class MNP:
             evidence=0.0,
             collapsed=2.0,
             settled_index=0.0,
-            outlier_index=0.0,
         )
 
     def purify(

@@ -23,10 +23,8 @@ def asked(**rest: Any) -> Cell:  # noqa: ANN401
 
 def answer(seed: int, *taken: float, **notes: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return a record of before the options whose tries of relearning were taken or not."""
-    settings = settings_of(
-        MNP(partway=False, evidence=0.15, collapsed=2.0, settled_index=0.0, outlier_index=0.0)
-    )
-    assert not {"partway", "collapsed", "settled_index", "outlier_index"} & set(settings)
+    settings = settings_of(MNP(partway=False, evidence=0.15, collapsed=2.0, settled_index=0.0))
+    assert not {"partway", "collapsed", "settled_index"} & set(settings)
     settings["warp.learning_rate"] = "0.05"
     cell = asked(seed=seed, settings=settings)
     tried = {"relearning.taken": bool(taken[0])} if len(taken) == 1 else {}
@@ -122,30 +120,18 @@ def test_what_a_small_lead_settled_is_asked_for_again(
     assert not SCRIPT["was_settled_by_little"](record)
 
 
-def test_what_stood_out_by_little_is_asked_for_again() -> None:
-    record = answer(0)
-    record["notes"]["inversion.acted_on"] = "0"
-    norms = [80.0, 90.0, 100.0, 110.0, 120.0]
-    record["series"] = {"inversion.triggers.reached": [1.0] * 6}
-    # Logarithms with a median of 4.55 and a robust deviation of 0.23: indices of 1.5 and 2.4.
-    for smallest, little in ((66.0, True), (54.0, False)):
-        record["series"]["inversion.triggers.l1_pixels"] = [smallest, *norms]
-        assert SCRIPT["was_suspected_for_little"](record) == little
-        assert SCRIPT["was_settled_by_little"](record)
-
-
-def test_each_class_must_stand_out_by_itself_to_be_acted_on_and_one_to_settle() -> None:
+def test_one_class_that_stands_out_settles_a_matter() -> None:
     record = answer(0)
     record["notes"]["inversion.acted_on"] = "0, 1"
     record["series"] = {
         "inversion.triggers.l1_pixels": [5.0, 66.0, 90.0, 100.0, 110.0, 120.0],
         "inversion.triggers.reached": [1.0] * 6,
     }
-    assert SCRIPT["was_suspected_for_little"](record)
     assert not SCRIPT["was_settled_by_little"](record)
-    # The paper's settings ask for neither.
-    paper = record | {"cell": record["cell"] | {"paper": True}}
-    assert not SCRIPT["was_suspected_for_little"](paper)
+    record["series"]["inversion.triggers.l1_pixels"][0] = 60.0
+    assert SCRIPT["was_settled_by_little"](record)
+    # The paper's settings ask for nothing.
+    assert not SCRIPT["was_settled_by_little"](record | {"cell": record["cell"] | {"paper": True}})
 
 
 def test_answers_with_the_papers_settings_are_concerned_too() -> None:

@@ -472,10 +472,10 @@ def test_both_ways_share_one_count(options: dict[str, Any], count: int) -> None:
         ({"evidence": 1.0}, r"evidence must lie in \[0, 1\), got 1.0"),
         (
             {"collapsed": 0.0},
-            "0, settled_index and outlier_index at least 0, got 0.0, 3.0 and 2.0",
+            "0, settled_index and outlier_index at least 0, got 0.0, 3.0 and 0.0",
         ),
         ({"outlier_index": -1.0}, "outlier_index at least 0, got 0.6, 3.0 and -1.0"),
-        ({"settled_index": -1.0}, "outlier_index at least 0, got 0.6, -1.0 and 2.0"),
+        ({"settled_index": -1.0}, "outlier_index at least 0, got 0.6, -1.0 and 0.0"),
         ({"warp_share": 0.0}, "outlier_share and warp_share"),
         ({"relearns": "sometimes"}, "relearns must be"),
         ({"stages": ("suppress",)}, "stages must name 'penalise' or 'preserve'"),
