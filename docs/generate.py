@@ -71,8 +71,8 @@ detectors of models are run and shown by `--detector NAME`.
 false-positive rate is not known.
 
 **What was measured.** Detectors of models are what `benchmarks/detection_trial.py` compares. Detectors of training sets and inputs are measured by
-the benchmark: `ac`, `sc` and `strip` by suites `smoke` and `table4`; `screening`, `strip`, `rnp-sample`, `scale-up`, `ibd-psc` and `sc-an` on the paper's ten
-attacks by `benchmarks/inputs.toml`. Which were run says RESULTS.md.
+the benchmark: `ac`, `sc` and `strip` by suites `smoke` and `table4`; `strip`, `rnp-sample`, `scale-up`, `ibd-psc` and `sc-an` on the paper's ten
+attacks by `benchmarks/inputs.toml`, `screening` by `benchmarks/screening.py`. Which were run says RESULTS.md.
 """
 
 SAMPLES_HEAD = """## Detectors of training sets and inputs

@@ -42,7 +42,8 @@ class Screening:
         strip: How.
         ibd_psc: How.
         rnp_sample: How.
-        kept: Share of the clean images that the detectors do not see, in (0, 1).
+        kept: Share of the clean images that the detectors do not see, in (0, 1). Of 500 images 0.8 lets two
+            detectors flag what two kept images at most exceed, at a rate of 1 %; 0.75 what none does.
     """
 
     name: ClassVar[str] = "screening"
@@ -54,7 +55,7 @@ class Screening:
     strip: STRIP = field(default_factory=lambda: STRIP(n=20))
     ibd_psc: IBDPSC = field(default_factory=IBDPSC)
     rnp_sample: UnlearntSample = field(default_factory=UnlearntSample)
-    kept: float = 0.75
+    kept: float = 0.8
 
     def __post_init__(self) -> None:
         if not 0 < self.kept < 1:
@@ -106,7 +107,7 @@ def p_values(
     samples: Tensor,
     clean: LabelledImages,
     *,
-    kept: float = 0.75,
+    kept: float = 0.8,
     labels: Tensor | None = None,
     generator: torch.Generator,
     progress: Progress = silent,
