@@ -55,7 +55,12 @@ def main() -> None:
     test, store = load_images(options.data, split="test"), Store(options.out)
     for name in options.models:
         entry = zoo.entry_named(options.zoo, name)
-        asked = {"model": name, "sha256": entry.card["sha256"], "seed": options.seed, "kept": Screening().kept}
+        asked = {
+            "model": name,
+            "sha256": entry.card["sha256"],
+            "seed": options.seed,
+            "kept": Screening().kept,
+        }
         if key_of(asked) in store.records():
             continue
         start = time.perf_counter()

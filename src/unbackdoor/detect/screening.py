@@ -43,7 +43,7 @@ class Screening:
         ibd_psc: How.
         rnp_sample: How.
         kept: Share of the clean images that the detectors do not see, in (0, 1). Of 500 images 0.8 lets two
-            detectors flag what two kept images at most exceed, at a rate of 1 %; 0.75 what none does.
+            detectors flag at a rate of 1 % what one kept image reaches at most; 0.75 only what none does.
     """
 
     name: ClassVar[str] = "screening"
