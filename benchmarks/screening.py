@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, default=Path("zoo"))
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kept", type=float, default=Screening().kept)
     options = parser.parse_args()
     test, store = load_images(options.data, split="test"), Store(options.out)
     for name in options.models:
@@ -59,12 +60,12 @@ def main() -> None:
             "model": name,
             "sha256": entry.card["sha256"],
             "seed": options.seed,
-            "kept": Screening().kept,
+            "kept": options.kept,
         }
         if key_of(asked) in store.records():
             continue
         start = time.perf_counter()
-        found = screened(entry, test, options.seed)
+        found = screened(entry, test, options.seed, options.kept)
         spent = round(time.perf_counter() - start, 1)
         store.add(
             {"key": key_of(asked), "asked": asked, "status": "ok", **found, "seconds": spent}
@@ -74,7 +75,7 @@ def main() -> None:
     print(table(list(store.records().values()), options.models))
 
 
-def screened(entry: zoo.Entry, test: LabelledImages, seed: int) -> dict[str, Any]:
+def screened(entry: zoo.Entry, test: LabelledImages, seed: int, kept: float) -> dict[str, Any]:
     """Return what each way catches of triggered and of clean inputs at each rate."""
     infected = zoo.load_infected(entry)
     order = balanced_order(test.labels, rng.generator(seed))
@@ -85,10 +86,8 @@ def screened(entry: zoo.Entry, test: LabelledImages, seed: int) -> dict[str, Any
     good = rest.subset(torch.nonzero(others).flatten()[-COUNT:])
     bad = triggered(rest.subset(bad_rows), infected)
     inputs = torch.cat([as_float(bad.images), as_float(good.images)])
-    screening = Screening(WAYS["three"])
-    p = p_values(
-        screening.asked, infected.model, inputs, clean, kept=screening.kept, generator=rng.generator(seed)
-    )
+    asked = Screening(WAYS["three"], kept=kept).asked
+    p = p_values(asked, infected.model, inputs, clean, kept=kept, generator=rng.generator(seed))
     return {way: caught({name: p[name] for name in names}, len(bad)) for way, names in WAYS.items()}
 
 
